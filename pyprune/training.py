@@ -1,0 +1,404 @@
+"""The training loop: a stock `transformers.Trainer`, and what must hold around it.
+
+A run that is stopped at any moment, by Ctrl-C, SIGTERM, SIGKILL or a full disk, continues from its newest complete
+checkpoint to the same weights, bit for bit on one machine, as a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pyprune.console import progress_bar
+from pyprune.data import TokenWindows
+
+# --------------------------------------------------------------------------------------------------------- schedules
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A value that goes from `start` to `end` between the steps `begin` and `milestone` and is exactly `end` from there.
+
+    cubic: end + (start - end) (1 - x)^3, fast at first and slow at the end (Zhu & Gupta, 2017, arXiv 1710.01878,
+    eq. 1); linear: start + (end - start) x; constant: `end` at once. x is the share of the ramp that is over.
+    """
+
+    start: float
+    end: float
+    milestone: int
+    begin: int = 0
+    shape: Literal["cubic", "linear", "constant"] = "cubic"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin <= self.milestone:
+            raise ValueError(f"begin is {self.begin} and milestone {self.milestone}; expected 0 <= begin <= milestone")
+        if self.shape not in ("cubic", "linear", "constant"):
+            raise ValueError(f"shape is {self.shape!r}; expected cubic, linear or constant")
+
+    def __call__(self, step: int) -> float:
+        """The value at `step`, counted from 0."""
+        if step < self.begin:
+            return self.start
+        if step >= self.milestone or self.shape == "constant":
+            return self.end
+        left = 1 - (step - self.begin) / (self.milestone - self.begin)
+        return self.end + (self.start - self.end) * (left**3 if self.shape == "cubic" else left)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+MARKER = "complete.json"
+STATE = "trained.safetensors"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """`path` holds either its old content or all of `text`, also after a crash of the machine."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes, each tensor once: trained parameters and persistent buffers (frozen weights are the
+    base model's)."""
+    persistent = model.state_dict().keys()
+    state: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return state | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def save_state(model: nn.Module, folder: Path) -> None:
+    """Writes every trained parameter and persistent buffer, whatever library it comes from, to `folder`."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in _state(model).items()}, folder / STATE)
+
+
+@torch.no_grad()
+def load_state(model: nn.Module, folder: Path) -> None:
+    """Copies what `save_state` wrote into the tensors of the same names. Raises ValueError, before anything is changed,
+    when names or shapes are not the same."""
+    saved, own = load_file(folder / STATE), _state(model)
+    if odd := sorted(own.keys() ^ saved.keys()):
+        raise ValueError(f"{folder} and the model differ in {len(odd)} trained tensors, the first is {odd[0]}")
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape:
+            raise ValueError(f"{folder}: {name} is {list(saved[name].shape)}, the model's {list(tensor.shape)}")
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first. One is complete when its marker, written last, names all of
+    its files with the sizes that they have."""
+    return sorted((path for path in folder.glob("checkpoint-*") if _is_complete(path)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser steps behind a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        sizes = json.loads((checkpoint / MARKER).read_text())
+    except (OSError, ValueError):
+        return False
+    return sizes == _sizes(checkpoint)
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER)
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(files)}
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what a kill in the middle of a save left in `folder`."""
+    for path in folder.glob("checkpoint-*"):
+        if not _is_complete(path):
+            shutil.rmtree(path)
+
+
+class _CompleteCheckpoint(TrainerCallback):
+    """Adds the trained tensors and, last of all, the marker to a checkpoint, then removes older ones."""
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir)  # type: ignore[arg-type]
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        save_state(kwargs["model"], checkpoint)
+        write_atomically(checkpoint / MARKER, json.dumps(_sizes(checkpoint)))
+        for old in checkpoints(folder)[: -self.keep]:
+            (old / MARKER).unlink()  # a kill inside the removal must not leave a checkpoint that looks complete
+            shutil.rmtree(old)
+
+
+# ------------------------------------------------------------------------------------------------ callbacks of the loop
+
+
+class DivergedError(ArithmeticError):
+    """The loss or the gradient became NaN or infinite; the last good checkpoint is kept."""
+
+
+class InterruptedTraining(Exception):
+    """Training was asked to stop and has written a checkpoint."""
+
+
+class DivergenceGuard(TrainerCallback):
+    """Stops at the first step whose loss or gradient norm is not finite, before a checkpoint of it can be written.
+    Needs `logging_steps=1` and `logging_nan_inf_filter=False`, else the Trainer hides such losses."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs.get("logs") or {}
+        for key in ("loss", "grad_norm"):
+            value = logs.get(key, 0.0)
+            if not math.isfinite(value):
+                good = checkpoints(Path(args.output_dir))  # type: ignore[arg-type]
+                kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+                raise DivergedError(
+                    f"{key} is {value} at step {state.global_step} of {state.max_steps}; training stopped, {kept}; "
+                    "try a smaller learning rate"
+                )
+
+
+class Metrics(TrainerCallback):
+    """One line of JSON for every step in a file that a resumed run continues, and a progress bar.
+
+    A line holds step, loss, grad_norm, learning_rate, tokens, seconds (both since the first step, over all
+    interruptions) and whatever the callback of a method, called earlier, has put into the Trainer's `logs`.
+    """
+
+    def __init__(self, path: Path | None, stage: str, tokens_per_step: int, first_step: int, progress: bool) -> None:
+        self.path, self.stage, self.tokens_per_step, self.first_step = path, stage, tokens_per_step, first_step
+        self.seconds_before = _cut_metrics(path, stage, first_step) if path else 0.0
+        self.start = time.monotonic()
+        self.bar = (
+            progress_bar("loss {task.fields[loss]:.3f}", "{task.fields[speed]:.0f} tokens/s") if progress else None
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the stage, over all interruptions."""
+        return self.seconds_before + time.monotonic() - self.start
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.start = time.monotonic()
+        if self.bar:
+            self.task = self.bar.add_task(
+                self.stage, total=state.max_steps, completed=state.global_step, loss=math.nan, speed=0.0
+            )
+            self.bar.start()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: dict[str, Any] = kwargs.get("logs") or {}
+        if "loss" not in logs:  # the Trainer's summary at the end
+            return
+        line = {
+            "stage": self.stage,
+            "step": state.global_step,
+            **{key: value for key, value in logs.items() if key != "epoch"},
+            "tokens": state.global_step * self.tokens_per_step,
+            "seconds": round(self.seconds, 3),
+        }
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.bar:
+            speed = (state.global_step - self.first_step) * self.tokens_per_step / (time.monotonic() - self.start)
+            self.bar.update(self.task, completed=state.global_step, loss=logs["loss"], speed=speed)
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        if self.bar:
+            self.bar.stop()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a complete line ends in a newline
+    return [json.loads(line) for line in lines]
+
+
+def _cut_metrics(path: Path, stage: str, step: int) -> float:
+    """Removes the stage's lines behind `step`, which will be written again; returns the seconds spent up to there."""
+    lines = read_metrics(path)
+    kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
+    if path.exists():
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return max((line["seconds"] for line in kept if line["stage"] == stage), default=0.0)
+
+
+class _StopOnSignal(TrainerCallback):
+    """On SIGINT or SIGTERM finishes the step, writes a checkpoint and stops. A second signal acts at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+            yield
+            return
+        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `tune` did: optimiser steps, tokens read (padding does not occur) and seconds, over all interruptions."""
+
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def tune(
+    model: nn.Module,
+    dataset: TokenWindows,
+    output_dir: str | Path,
+    *,
+    steps: int,
+    batch_size: int = 4,
+    learning_rate: float = 1e-3,
+    callbacks: Sequence[TrainerCallback] = (),
+    parameter_groups: list[dict[str, Any]] | None = None,
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+    save_every: int | None = None,
+    metrics: Path | None = None,
+    stage: str = "tune",
+    progress: bool = False,
+    **arguments: Any,
+) -> Tuned:
+    """Trains what requires a gradient in `model` for `steps` optimiser steps and leaves the result in `model`.
+
+    Checkpoints go to `output_dir`/checkpoint-STEP, after every `save_every` steps (default: a tenth of them) and at
+    the end; the newest two are kept. If `output_dir` holds a complete one, training continues behind it: `model` must
+    then be prepared as it was at that step (`methods.Method.prepare(resume=...)`).
+
+    Args:
+        dataset: windows of equal length; a batch takes `batch_size` of them, in an order that follows from `seed`.
+        callbacks: those of a method; they may add figures to `logs` in `on_log`, which then stand in `metrics`.
+        parameter_groups: AdamW's, each with its own `lr`; default: everything trained, at `learning_rate`.
+        metrics: the file for one JSON line a step, each with the name `stage`.
+        arguments: further fields of `transformers.TrainingArguments`.
+
+    Raises:
+        ValueError: the dataset is smaller than a batch, or a checkpoint does not fit the model.
+        DivergedError: loss or gradient not finite.
+        InterruptedTraining: SIGINT or SIGTERM came; a checkpoint of the last step was written.
+    """
+    output_dir = Path(output_dir)
+    if len(dataset) < batch_size:
+        raise ValueError(f"the data gives {len(dataset)} windows, fewer than batch_size={batch_size}; give more text")
+    training_arguments = TrainingArguments(
+        **{
+            "output_dir": str(output_dir),
+            "max_steps": steps,
+            "per_device_train_batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "lr_scheduler_type": "cosine",
+            "seed": seed,
+            "save_strategy": "steps",
+            "save_steps": save_every or max(1, steps // 10),
+            "logging_steps": 1,
+            "logging_nan_inf_filter": False,
+            "dataloader_drop_last": True,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "remove_unused_columns": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "gradient_checkpointing": gradient_checkpointing,
+            **({"gradient_checkpointing_kwargs": {"use_reentrant": False}} if gradient_checkpointing else {}),
+            **arguments,
+        }
+    )
+    tokens_per_step = batch_size * training_arguments.gradient_accumulation_steps * dataset.ids.shape[1]
+    remove_partial(output_dir)
+    resume = latest_checkpoint(output_dir)
+    if resume is not None:
+        load_state(model, resume)
+    done = step_of(resume) if resume else 0
+    logger = Metrics(metrics, stage, tokens_per_step, done, progress)
+    stop = _StopOnSignal()
+    trainer = Trainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=dataset,
+        callbacks=[*callbacks, DivergenceGuard(), logger, stop, _CompleteCheckpoint(keep=2)],
+        optimizers=(torch.optim.AdamW(parameter_groups, lr=learning_rate) if parameter_groups else None, None),
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+    if done < steps:
+        with stop.listening(), contextlib.closing(logger), _clear_disk_full(output_dir):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        done = trainer.state.global_step
+    if done < steps:
+        raise InterruptedTraining(f"stopped at step {done} of {steps}; the checkpoint of this step is in {output_dir}")
+    model.zero_grad(set_to_none=True)
+    return Tuned(steps, steps * tokens_per_step, logger.seconds)
+
+
+@contextlib.contextmanager
+def _clear_disk_full(folder: Path) -> Iterator[None]:
+    """Turns what torch, safetensors and the system say about a full disk into one OSError that says what is kept."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = os.strerror(errno.ENOSPC) in str(error) or "PytorchStreamWriter failed" in str(error)
+        if not full:
+            raise
+        remove_partial(folder)
+        good = checkpoints(folder)
+        kept = f"{good[-1]} is complete, free space and resume" if good else "free space and start again"
+        raise OSError(errno.ENOSPC, f"the disk filled while a checkpoint was written to {folder}; {kept}") from error
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, for `Method.prepare(resume=...)`."""
+    found = checkpoints(Path(folder))
+    return found[-1] if found else None
