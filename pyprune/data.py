@@ -168,15 +168,15 @@ def split_held_out(documents: list[Document], fraction: float = 0.1) -> tuple[li
     digests = [hashlib.sha256(document.text.encode()).digest() for document in documents]
     wanted = fraction * sum(len(document.text) for document in documents)
     held: set[bytes] = set()
-    for digest, document in sorted(zip(digests, documents), key=lambda pair: pair[0]):
+    for digest, document in sorted(zip(digests, documents, strict=True), key=lambda pair: pair[0]):
         if wanted <= 0 and digest not in held:
             break
         held.add(digest)
         wanted -= len(document.text)
     if len(held) == len(set(digests)):
         raise DataError(f"{len(held)} distinct document(s) cannot be split into training and held-out text; give more")
-    train = [document for document, digest in zip(documents, digests) if digest not in held]
-    return train, [document for document, digest in zip(documents, digests) if digest in held]
+    train = [document for document, digest in zip(documents, digests, strict=True) if digest not in held]
+    return train, [document for document, digest in zip(documents, digests, strict=True) if digest in held]
 
 
 def shuffled(documents: list[Document], seed: int) -> list[Document]:
@@ -244,7 +244,7 @@ def encode(documents: Iterable[Document], tokenizer: Any) -> TokenStream:
     for document in documents:
         encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         spans = [(0, len(document.text) + 1)] if document.spans is None else document.spans
-        for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             ids.append(token)
             labels.append(token if any(b <= begin < e and end > b for b, e in spans) else IGNORED)
         if not document.closed and tokenizer.eos_token_id is not None:

@@ -1,4 +1,4 @@
-"""LoRA and DoRA on every linear of the blocks, without pruning: the dense baseline, and what the other methods tune with.
+"""LoRA and DoRA on every linear of the blocks, without pruning: the dense baseline, and the others' tuning.
 
 Hu et al., LoRA, arXiv 2106.09685; Liu et al., DoRA, arXiv 2402.09353; both by PEFT.
 """
