@@ -1,7 +1,7 @@
 """Where a decoder keeps its embedding, blocks, projections, norms and head.
 
-This is the only file that knows model families. A family is one entry of `FAMILIES`; everything else in the package works on
-the `Decoder` that `describe` returns. See docs/families.md for how to add one.
+This is the only file that knows model families. A family is one entry of `FAMILIES`; everything else in the package
+works on the `Decoder` that `describe` returns. See docs/families.md for how to add one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class UnsupportedArchitecture(ValueError):
 class Family:
     """Attribute paths of one model family; the defaults are Llama's. Block paths are relative to a block.
 
-    A family fits when every block computes `x += out(f(norm(x)))` twice (attention, then MLP) with an RMSNorm `norm`, and
-    nothing else reads or writes the residual stream but the embedding, the final norm and the head.
+    A family fits when every block computes `x += out(f(norm(x)))` twice (attention, then MLP) with an RMSNorm `norm`,
+    and nothing else reads or writes the residual stream but the embedding, the final norm and the head.
     """
 
     embedding: str = "model.embed_tokens"
@@ -78,8 +78,8 @@ class Block:
 class Decoder:
     """Handles to the live modules of a causal language model, the same for all families.
 
-    Linears are the outermost modules, so with PEFT they are its LoRA layers (the place for hooks); `base` gives the layer
-    that holds the weight.
+    Linears are the outermost modules, so with PEFT they are its LoRA layers (the place for hooks); `base` gives the
+    layer that holds the weight.
     """
 
     model: nn.Module
@@ -106,7 +106,7 @@ class Decoder:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual stream as the modules have it (a compacted model's config may still say the old one)."""
+        """Width of the residual stream as the modules have it; a compacted model's config may still say the old one."""
         return int(weight_of(self.final_norm).shape[0])
 
     @property
@@ -252,7 +252,9 @@ def _block(model: nn.Module, family: Family, block: nn.Module) -> Block:
             Reads(_part(model, block, family.mlp_norm), linears(family.mlp_in)),
         ),
         writes=(_part(model, block, family.attention_out), _part(model, block, family.mlp_out)),
-        head_norms=tuple((_part(model, block, n), _part(model, block, l)) for n, l in family.head_norms),
+        head_norms=tuple(
+            (_part(model, block, norm), _part(model, block, linear)) for norm, linear in family.head_norms
+        ),
     )
 
 

@@ -1,8 +1,8 @@
 """Bases of the residual stream: its statistics, the principal axes, and a rotation folded into the weights.
 
-An RMSNorm without its gain commutes with an orthogonal matrix, so one global Q [d, d] can be folded into a decoder's weights
-without changing its function (Ashkboos et al., SliceGPT, arXiv 2401.15024, theorem 1). Choosing Q as the principal axes of
-what the blocks read puts most of the signal into few channels, which pruning then keeps.
+An RMSNorm without its gain commutes with an orthogonal matrix, so one global Q [d, d] can be folded into a decoder's
+weights without changing its function (Ashkboos et al., SliceGPT, arXiv 2401.15024, theorem 1). Choosing Q as the
+principal axes of what the blocks read puts most of the signal into few channels, which pruning then keeps.
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ def pca(covariance: torch.Tensor) -> torch.Tensor:
 def rotate(model: nn.Module, q: torch.Tensor) -> nn.Module:
     """Fold the norms' gains and an orthogonal basis into the weights, in place; the model's function stays the same.
 
-    The residual stream x becomes x Q. Gains move into their readers (the final norm's into the head, which is untied for
-    it): W <- W diag(g) Q, g <- 1. Writers: W <- Q^T W, b <- Q^T b. Embedding: E <- E Q. In fp64, then back to the dtype.
+    The residual stream x becomes x Q. Gains move into their readers (the final norm's into the head, which is untied
+    for it): W <- W diag(g) Q, g <- 1. Writers: W <- Q^T W, b <- Q^T b. Embedding: E <- E Q. In fp64, then back to the
+    dtype.
 
     Args:
         model: a causal language model without adapters.

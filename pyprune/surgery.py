@@ -1,16 +1,17 @@
 """Exact removal of hidden channels: fold adapters, merge HSMs, slice the residual stream, export a stock checkpoint.
 
-Everything here keeps the function of the *masked* model, whose dropped channels of the residual stream are zero. With K the
-kept channels, d the old width and n = |K| the new one (PAT, arXiv 2408.14721, with the norm's epsilon done right):
+Everything here keeps the function of the *masked* model, whose dropped channels of the residual stream are zero. With
+K the kept channels, d the old width and n = |K| the new one (PAT, arXiv 2408.14721):
 
     readers    W <- W[:, K]                      q, k, v, gate, up, head
     writers    W <- W[K, :], b <- b[K]           attention output, MLP down
     embedding  E <- E[:, K]
     norms      g <- g[K] sqrt(d/n), eps <- eps d/n,   because mean_d(x^2) + eps = (n/d) (mean_n(x^2) + eps d/n)
 
-Two ways use the same code. `slice_hidden` cuts a stock model everywhere and is done. `compact` cuts a model that goes on
-training (PEFT or not), where HSMs still read all d outputs of their writers: those writers are *permuted*, kept channels
-first. Later `fold_adapters`, `merge_hsm` with the HSMs' [n, d] matrices, and `settle_config` make it a stock model.
+Two ways use the same code. `slice_hidden` cuts a stock model everywhere and is done. `compact` cuts a model that goes
+on training (PEFT or not), where HSMs still read all d outputs of their writers: those writers are *permuted*, kept
+channels first. Later `fold_adapters`, `merge_hsm` with the HSMs' [n, d] matrices, and `settle_config` make it a stock
+model.
 """
 
 from __future__ import annotations
@@ -49,43 +50,46 @@ class Selection:
 # ---------------------------------------------------------------- which dimension of which parameter is the hidden size
 
 
-def _input_axes(module: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
+# Layers are `Any` here: nn.Linear, nn.Embedding, or PEFT's LoRA layer around one, whose attributes PEFT adds at run
+# time.
+
+
+def _input_axes(module: Any) -> Iterator[tuple[nn.Parameter, int]]:
     """Parameters of a linear that reads the residual stream, with the dimension that is the hidden size."""
     yield weight_of(module), 1
     for adapter in _adapters(module):
-        yield module.lora_A[adapter].weight, 1  # type: ignore[index,union-attr]
+        yield module.lora_A[adapter].weight, 1
 
 
-def _output_axes(module: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
+def _output_axes(module: Any) -> Iterator[tuple[nn.Parameter, int]]:
     """Parameters of an embedding or of a linear that writes to the residual stream, with the hidden dimension."""
-    layer = base(module)
-    if isinstance(layer, nn.Embedding):
+    if isinstance(base(module), nn.Embedding):
         yield weight_of(module), 1
         return
-    yield weight_of(module), 0
-    if layer.bias is not None:
-        yield layer.bias, 0  # type: ignore[misc]
-    for adapter in _adapters(module):
-        lora_b = module.lora_B[adapter]  # type: ignore[index,union-attr]
-        yield lora_b.weight, 0
-        if lora_b.bias is not None:
-            yield lora_b.bias, 0
-        if adapter in module.lora_magnitude_vector:  # type: ignore[operator]
-            yield module.lora_magnitude_vector[adapter].weight, 0  # type: ignore[index,union-attr]
+    layers = [base(module), *(module.lora_B[adapter] for adapter in _adapters(module))]
+    for layer in layers:
+        yield layer.weight, 0
+        if layer.bias is not None:
+            yield layer.bias, 0
+    for adapter in _dora_adapters(module):
+        yield module.lora_magnitude_vector[adapter].weight, 0
 
 
-def _adapters(module: nn.Module) -> list[str]:
+def _adapters(module: Any) -> list[str]:
     return list(getattr(module, "lora_A", {}))
 
 
-def _state_widths(module: nn.Module) -> None:
+def _dora_adapters(module: Any) -> list[str]:
+    return list(getattr(module, "lora_magnitude_vector", {}))
+
+
+def _state_widths(module: Any) -> None:
     """Make the width attributes of a layer and its adapters agree with the weights."""
-    layer = base(module)
+    layer: Any = base(module)
     if isinstance(layer, nn.Embedding):
         layer.num_embeddings, layer.embedding_dim = layer.weight.shape
         return
-    linears = [layer, *(part[name] for name in _adapters(module) for part in (module.lora_A, module.lora_B))]  # type: ignore[index]
-    for linear in linears:
+    for linear in (layer, *(part[name] for name in _adapters(module) for part in (module.lora_A, module.lora_B))):
         linear.out_features, linear.in_features = linear.weight.shape
     if module is not layer:
         module.in_features, module.out_features = layer.in_features, layer.out_features
@@ -106,11 +110,9 @@ def fold_right(module: nn.Module, matrix: torch.Tensor) -> None:
 @torch.no_grad()
 def fold_left(module: nn.Module, matrix: torch.Tensor) -> None:
     """W <- M W, b <- M b for a linear that writes: W [d, in], b [d], `matrix` [n, d]."""
-    layer = base(module)
-    for parameter in (weight_of(layer), layer.bias):
-        if parameter is not None:
-            m = matrix.to(parameter.device, torch.float64)  # type: ignore[arg-type]
-            parameter.data = (m @ parameter.data.double()).to(parameter.dtype)  # type: ignore[union-attr,operator]
+    for parameter, _ in _output_axes(base(module)):
+        m = matrix.to(parameter.device, torch.float64)
+        parameter.data = (m @ parameter.data.double()).to(parameter.dtype)
     _state_widths(module)
 
 
@@ -171,13 +173,13 @@ class CompactDora(DoraLinearLayer):
     the function and its gradients exact.
     """
 
-    def __init__(self, layer: nn.Module, adapter: str, dropped: torch.Tensor) -> None:
+    def __init__(self, layer: Any, adapter: str, dropped: torch.Tensor) -> None:
         """`layer` is PEFT's LoRA layer before its columns `dropped` [d - n] are removed."""
-        dora = layer.lora_magnitude_vector[adapter]  # type: ignore[index,union-attr]
+        dora = layer.lora_magnitude_vector[adapter]
         super().__init__(dora.fan_in_fan_out)
         self.weight = dora.weight
         self._owner = (layer, adapter)  # in a tuple, so that the layer does not become our submodule
-        a = layer.lora_A[adapter].weight.detach()  # type: ignore[index,union-attr]
+        a = layer.lora_A[adapter].weight.detach()
         wide = torch.promote_types(a.dtype, torch.float32)
         a = a[:, dropped].to(wide)
         w = weight_of(layer).detach()[:, dropped].to(wide)
@@ -190,16 +192,15 @@ class CompactDora(DoraLinearLayer):
         layer, adapter = self._owner
         kept = super().get_weight_norm(weight, lora_weight, scaling, adapter_name=adapter_name)
         square = self.get_buffer("dropped_square")
-        b = layer.lora_B[adapter].weight.to(square) * layer.scaling[adapter]  # type: ignore[index,union-attr,operator]
+        b = layer.lora_B[adapter].weight.to(square) * layer.scaling[adapter]
         cross, gram = self.get_buffer("dropped_cross"), self.get_buffer("dropped_gram")
         dropped = square + 2 * (cross * b).sum(1) + ((b @ gram) * b).sum(1)
         return (kept.to(square).square() + dropped).sqrt().to(kept.dtype)
 
 
-def _keep_dora_norms(layer: nn.Module, dropped: torch.Tensor) -> None:
-    for adapter in _adapters(layer):
-        if adapter in layer.lora_magnitude_vector:  # type: ignore[operator]
-            layer.lora_magnitude_vector[adapter] = CompactDora(layer, adapter, dropped)  # type: ignore[index,union-attr,operator]
+def _keep_dora_norms(layer: Any, dropped: torch.Tensor) -> None:
+    for adapter in _dora_adapters(layer):
+        layer.lora_magnitude_vector[adapter] = CompactDora(layer, adapter, dropped)
 
 
 def _refuse_other_adapters(layers: Collection[nn.Module]) -> None:
@@ -255,9 +256,9 @@ def compact(
 ) -> dict[nn.Parameter, Selection]:
     """Cut the residual stream down to the channels `keep` in a model that goes on training, in place.
 
-    Parameter objects stay the same (their `.data` is replaced, gradients are dropped), so optimizers stay valid once their
-    moments are cut with the returned selections. The config is left to `settle_config`. Gains of norms are multiplied by
-    sqrt(d/n); the exact training trajectory is kept only if they are frozen, as PAT has them.
+    Parameter objects stay the same (their `.data` is replaced, gradients are dropped), so optimizers stay valid once
+    their moments are cut with the returned selections. The config is left to `settle_config`. Gains of norms are
+    multiplied by sqrt(d/n); the exact training trajectory is kept only if they are frozen, as PAT has them.
 
     Args:
         model: a causal language model, plain or with LoRA or DoRA.
@@ -310,8 +311,8 @@ def compact(
 def slice_hidden(model: nn.Module, keep: Sequence[int] | torch.Tensor) -> nn.Module:
     """Cut a stock model down to the channels `keep` of its residual stream, in place: weights, norms and config.
 
-    Tied embeddings stay tied when they are tied. Gives the stock model of the smaller hidden size whose logits equal those
-    of the model with all other channels of the residual stream masked.
+    Tied embeddings stay tied when they are tied. Gives the stock model of the smaller hidden size whose logits equal
+    those of the model with all other channels of the residual stream masked.
 
     Raises:
         ValueError: adapters present, and what `compact` refuses.
@@ -367,8 +368,8 @@ def _check_stock_config(decoder: Decoder, width: int) -> None:
         type(config).from_dict(fields)
     except Exception as error:  # huggingface_hub's strict dataclasses have exception types of their own
         raise ValueError(
-            f"keep: {type(config).__name__} does not accept hidden_size {width} with head_dim {decoder.head_dim}, so no "
-            f"stock checkpoint of this width exists: {error}"
+            f"keep: {type(config).__name__} does not accept hidden_size {width} with head_dim {decoder.head_dim}, so "
+            f"no stock checkpoint of this width exists: {error}"
         ) from error
 
 
@@ -376,10 +377,10 @@ def _check_stock_config(decoder: Decoder, width: int) -> None:
 def settle_config(model: nn.Module) -> nn.Module:
     """Make a stock model's config say what its modules are, so that `from_pretrained` builds the same; idempotent.
 
-    Writes hidden_size, an explicit head_dim, rms_norm_eps and tie_word_embeddings. Where stock code derives something else
-    from these, the weights make up for it: Qwen3's query and key norms share rms_norm_eps, so their projections are scaled
-    by sqrt(eps_new/eps_old); Gemma's embedding factor sqrt(hidden_size) falls, so E rises (when tied, the final norm's gain
-    falls by as much, since the head rises too).
+    Writes hidden_size, an explicit head_dim, rms_norm_eps and tie_word_embeddings. Where stock code derives something
+    else from these, the weights make up for it: Qwen3's query and key norms share rms_norm_eps, so their projections
+    are scaled by sqrt(eps_new/eps_old); Gemma's embedding factor sqrt(hidden_size) falls, so E rises (when tied, the
+    final norm's gain falls by as much, since the head rises too).
 
     Raises:
         ValueError: adapters present, or norms that differ in epsilon.
@@ -408,9 +409,8 @@ def _settle_head_norms(decoder: Decoder, epsilon: float) -> None:
         for norm, linear in block.head_norms:
             scale = (epsilon / decoder.epsilon(norm)) ** 0.5
             decoder.set_epsilon(norm, epsilon)
-            for parameter in (weight_of(linear), base(linear).bias):
-                if parameter is not None and scale != 1.0:
-                    parameter.data = (parameter.data.double() * scale).to(parameter.dtype)  # type: ignore[union-attr,operator]
+            for parameter, _ in _output_axes(linear) if scale != 1.0 else ():
+                parameter.data = (parameter.data.double() * scale).to(parameter.dtype)
 
 
 def _settle_embedding_scale(decoder: Decoder) -> None:
@@ -442,8 +442,8 @@ def strip_quantization(model: nn.Module) -> None:
 def export(model: nn.Module, tokenizer: Any, folder: str | os.PathLike[str]) -> Path:
     """Write a stock checkpoint (safetensors, config, tokenizer) so that `folder` is either complete or untouched.
 
-    It is written to a hidden folder beside `folder` and renamed at the end; a failure, such as a full disk, removes that
-    again and leaves the model in memory as it was. What an interrupted export left there is overwritten.
+    It is written to a hidden folder beside `folder` and renamed at the end; a failure, such as a full disk, removes
+    that again and leaves the model in memory as it was. What an interrupted export left there is overwritten.
 
     Args:
         model: without adapters.
