@@ -1,0 +1,248 @@
+"""The ops on the C++ CPU kernels: matrix products by torch (oneDNN), everything around them by `pyprune._C.cpu`.
+
+Nothing of size [T, n] is allocated but the results: the scales v and mask are folded into the small matrices, and the
+product with l1 is computed a tile of rows at a time, so that the kernel behind it finds the tile in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TILE_BYTES = 512 * 1024
+"""Size of a tile of the second product per thread: half of a common second-level cache."""
+PARTIAL_SUMS = 64
+"""Partial rows of a column sum: enough for 64 threads, and independent of their number, so sums are reproducible."""
+
+
+def _onednn_linear(a: Tensor, b: Tensor) -> Tensor | None:
+    """a b^T by oneDNN in fp32, or None where it does not apply.
+
+    `torch.mm` sends fp32 to MKL, which on AMD processors runs at half of oneDNN's speed and elsewhere at the same.
+    """
+    if a.dtype != torch.float32 or a.numel() == 0 or not torch.backends.mkldnn.enabled:
+        return None
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return linear(a, b, None, "none", [], "") if linear else None
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a [rows,k] b[columns,k]^T. `out` is where the result may be put; the caller must use what is returned."""
+    result = _onednn_linear(a, b)
+    return torch.mm(a, b.T, out=out) if result is None else result
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class CpuKernels:
+    """See `pyprune.ops.Implementation`; `kernels` is the submodule `pyprune._C.cpu`."""
+
+    name = "cpu"
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self.kernels = kernels
+
+    @property
+    def description(self) -> str:
+        """What runs, in words."""
+        return f"C++, {self.kernels.isa()}, matrix products by torch"
+
+    def hsm(self, x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        h = _product(x, l0)
+        y = x.new_empty(len(x), len(l1))
+        for rows, z, tile in self._tiles(h, self._scale(l1, mask, v), y):
+            self._mask_add(x[rows], mask, z, tile)
+        return y, h
+
+    def hsm_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        h: Tensor,
+        l0: Tensor,
+        v: Tensor,
+        l1: Tensor,
+        mask: Tensor,
+        output_mask: list[bool],
+    ) -> tuple[Tensor, ...]:
+        column_dot = self._column_dot(grad_y, x) if output_mask[4] else None
+        return self._finish_backward(grad_y, x, h, l0, v, l1, mask, column_dot, output_mask)
+
+    def hsm_residual_rmsnorm(
+        self,
+        x: Tensor,
+        l0: Tensor,
+        v: Tensor,
+        l1: Tensor,
+        mask: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        h = _product(x, l0)
+        residual_out, normed = torch.empty_like(residual), torch.empty_like(residual)
+        rstd = v.new_empty(len(x))
+        for rows, z, tile in self._tiles(h, self._scale(l1, mask, v), residual_out):
+            self.kernels.mask_add_rmsnorm(
+                DTYPE_CODES[x.dtype],
+                *tile.shape,
+                eps,
+                x[rows].data_ptr(),
+                x.stride(0),
+                mask.data_ptr(),
+                z.data_ptr(),
+                residual[rows].data_ptr(),
+                weight.data_ptr(),
+                tile.data_ptr(),
+                normed[rows].data_ptr(),
+                rstd[rows].data_ptr(),
+                torch.get_num_threads(),
+            )
+        return residual_out, normed, h, rstd
+
+    def hsm_residual_rmsnorm_backward(
+        self,
+        grad_residual_out: Tensor,
+        grad_normed: Tensor,
+        x: Tensor,
+        h: Tensor,
+        residual_out: Tensor,
+        rstd: Tensor,
+        l0: Tensor,
+        v: Tensor,
+        l1: Tensor,
+        mask: Tensor,
+        weight: Tensor,
+        output_mask: list[bool],
+    ) -> tuple[Tensor, ...]:
+        wants_x, wants_residual, wants_l0, wants_v, wants_l1, wants_mask, wants_weight = output_mask
+        grad_residual = torch.empty_like(residual_out)
+        blocks = min(PARTIAL_SUMS, len(x))
+        grad_weight = v.new_empty(blocks, len(weight))
+        column_dot = v.new_empty(blocks, len(weight)) if wants_mask else None
+        self.kernels.rmsnorm_backward(
+            DTYPE_CODES[x.dtype],
+            *residual_out.shape,
+            grad_residual_out.data_ptr(),
+            grad_normed.data_ptr(),
+            residual_out.data_ptr(),
+            rstd.data_ptr(),
+            weight.data_ptr(),
+            x.data_ptr(),
+            x.stride(0),
+            grad_residual.data_ptr(),
+            blocks,
+            grad_weight.data_ptr(),
+            _address(column_dot),
+            torch.get_num_threads(),
+        )
+        total = column_dot.sum(0) if column_dot is not None else None
+        wants = [wants_x, wants_l0, wants_v, wants_l1, wants_mask]
+        grad_x, *others = self._finish_backward(grad_residual, x, h, l0, v, l1, mask, total, wants)
+        return (
+            grad_x,
+            grad_residual if wants_residual else x.new_empty(0),
+            *others,
+            grad_weight.sum(0).to(weight.dtype) if wants_weight else weight.new_empty(0),
+        )
+
+    def _finish_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        h: Tensor,
+        l0: Tensor,
+        v: Tensor,
+        l1: Tensor,
+        mask: Tensor,
+        column_dot: Tensor | None,
+        output_mask: list[bool],
+    ) -> tuple[Tensor, ...]:
+        """hsm's gradients, given column_dot [n] = sum_t grad_y * x[:, :n] when the mask's is wanted.
+
+        With u = (mask * grad_y) l1, p = u * v and G = grad_y^T (h * v):
+            grad_x = [mask * grad_y, 0] + p l0      grad_l0 = p^T x      grad_v = sum_t u * h
+            grad_l1 = mask * G                      grad_mask = column_dot + sum_k l1 * G
+        """
+        wants_x, wants_l0, wants_v, wants_l1, wants_mask = output_mask
+        grad_x = grad_l0 = x.new_empty(0)
+        grad_v, grad_l1, grad_mask = v.new_empty(0), x.new_empty(0), mask.new_empty(0)
+        if wants_x or wants_l0 or wants_v:
+            u = _product(grad_y, self._scale(l1, mask, None).T)
+            if wants_v:
+                grad_v = self._column_dot(u, h)
+            p = self._scale(u, None, v)
+            if wants_l0:
+                grad_l0 = _product(p.T, x.T)
+            if wants_x:
+                grad_x = torch.empty_like(x)
+                for rows, z, tile in self._tiles(p, l0.T, grad_x):
+                    self._mask_add(grad_y[rows], mask, z, tile)
+        if wants_l1 or wants_mask:
+            g = _product(self._scale(h, None, v).T, grad_y.T).T
+            if wants_l1:
+                grad_l1 = (mask[:, None] * g).to(x.dtype).contiguous()
+            if wants_mask:
+                assert column_dot is not None
+                grad_mask = column_dot + (l1 * g.to(mask.dtype)).sum(1)
+        return grad_x, grad_l0, grad_v, grad_l1, grad_mask
+
+    def _tiles(self, a: Tensor, b: Tensor, out: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yields rows, the product (a b^T)[rows], and out[rows], which may be the buffer the product stands in."""
+        row_bytes = out.shape[1] * out.element_size()
+        step = max(32, TILE_BYTES * torch.get_num_threads() // row_bytes)
+        for start in range(0, len(a), step):
+            rows = slice(start, start + step)
+            tile = out[rows]
+            yield rows, _product(a[rows], b, tile), tile
+
+    def _scale(self, a: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        """rows[:, None] * a * columns in a's dtype."""
+        out = torch.empty_like(a)
+        self.kernels.scale(
+            DTYPE_CODES[a.dtype],
+            *a.shape,
+            a.data_ptr(),
+            _address(rows),
+            _address(columns),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def _mask_add(self, x: Tensor, mask: Tensor, z: Tensor, y: Tensor) -> None:
+        """y = mask * x + z, in the columns that the mask has; y = z in the others."""
+        self.kernels.mask_add(
+            DTYPE_CODES[x.dtype],
+            *y.shape,
+            len(mask),
+            x.data_ptr(),
+            x.stride(0),
+            mask.data_ptr(),
+            z.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def _column_dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """sum_t a * b[:, :n] for a [T,n], in fp32."""
+        blocks = min(PARTIAL_SUMS, len(a))
+        partial = torch.empty(blocks, a.shape[1], dtype=torch.float32)
+        self.kernels.column_dot(
+            DTYPE_CODES[a.dtype],
+            *a.shape,
+            a.data_ptr(),
+            a.stride(0),
+            b.data_ptr(),
+            b.stride(0),
+            blocks,
+            partial.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return partial.sum(0)

@@ -1,0 +1,452 @@
+"""The functional API: ops with gradients, fake kernels and `torch.compile` support.
+
+Each op is one schema registered with the torch dispatcher, whatever was compiled. When it runs, it checks its arguments,
+makes them contiguous, and hands them to the best implementation for their device and dtype: the compiled CPU or CUDA
+kernels, or `pyprune.reference`. Gradients are `torch.autograd.Function`s around the ops.
+
+Notation: T tokens, d hidden size, r rank, n <= d outputs. The public functions accept [..., d] and flatten it to [T, d].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyprune import _native, reference
+from pyprune._cpu import CpuKernels
+from pyprune._cuda import CudaKernels, runs_on
+
+OPS = ("hsm", "hsm_backward", "hsm_residual_rmsnorm", "hsm_residual_rmsnorm_backward")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_library = torch.library.Library("pyprune", "DEF")
+_library.define("hsm(Tensor x, Tensor l0, Tensor v, Tensor l1, Tensor mask) -> (Tensor y, Tensor h)")
+_library.define(
+    "hsm_backward(Tensor grad_y, Tensor x, Tensor h, Tensor l0, Tensor v, Tensor l1, Tensor mask, bool[5] output_mask)"
+    " -> (Tensor grad_x, Tensor grad_l0, Tensor grad_v, Tensor grad_l1, Tensor grad_mask)"
+)
+_library.define(
+    "hsm_residual_rmsnorm(Tensor x, Tensor l0, Tensor v, Tensor l1, Tensor mask, Tensor residual, Tensor weight,"
+    " float eps) -> (Tensor residual_out, Tensor normed, Tensor h, Tensor rstd)"
+)
+_library.define(
+    "hsm_residual_rmsnorm_backward(Tensor grad_residual_out, Tensor grad_normed, Tensor x, Tensor h,"
+    " Tensor residual_out, Tensor rstd, Tensor l0, Tensor v, Tensor l1, Tensor mask, Tensor weight,"
+    " bool[7] output_mask) -> (Tensor grad_x, Tensor grad_residual, Tensor grad_l0, Tensor grad_v, Tensor grad_l1,"
+    " Tensor grad_mask, Tensor grad_weight)"
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which implementation runs
+
+
+class Implementation(Protocol):
+    """Something that computes the ops on checked, contiguous, two-dimensional tensors; see `pyprune.reference`."""
+
+    name: str
+    description: str
+
+    def hsm(self, x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Tensor, ...]: ...
+
+    def hsm_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        h: Tensor,
+        l0: Tensor,
+        v: Tensor,
+        l1: Tensor,
+        mask: Tensor,
+        output_mask: list[bool],
+    ) -> tuple[Tensor, ...]: ...
+
+    def hsm_residual_rmsnorm(
+        self,
+        x: Tensor,
+        l0: Tensor,
+        v: Tensor,
+        l1: Tensor,
+        mask: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, ...]: ...
+
+    def hsm_residual_rmsnorm_backward(
+        self,
+        grad_residual_out: Tensor,
+        grad_normed: Tensor,
+        x: Tensor,
+        h: Tensor,
+        residual_out: Tensor,
+        rstd: Tensor,
+        l0: Tensor,
+        v: Tensor,
+        l1: Tensor,
+        mask: Tensor,
+        weight: Tensor,
+        output_mask: list[bool],
+    ) -> tuple[Tensor, ...]: ...
+
+
+_REFERENCE = cast(Implementation, reference)
+_CPU = CpuKernels(_native.cpu) if _native.cpu else None
+_CUDA = CudaKernels(_native.cuda) if _native.cuda else None
+_forced: Implementation | None = None
+
+
+@contextmanager
+def using(implementation: Implementation | ModuleType | str) -> Iterator[None]:
+    """Runs every op on one implementation: "reference", or an object with the methods of `Implementation`.
+
+    For tests and measurements. It holds for the whole process, because backward may run on another thread.
+    """
+    global _forced
+    if isinstance(implementation, str) and implementation != "reference":
+        raise ValueError(f'implementation is {implementation!r}; pass "reference" or an object that has the ops')
+    before = _forced
+    _forced = _REFERENCE if implementation == "reference" else cast(Implementation, implementation)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> tuple[Implementation, str]:
+    """The implementation that runs the ops for this device and dtype, and why."""
+    if _forced is not None:
+        return _forced, "chosen by ops.using"
+    if dtype == torch.float64:
+        return _REFERENCE, "fp64 is the reference's"
+    if device.type == "cpu":
+        return (_CPU, "compiled") if _CPU else (_REFERENCE, f"no compiled module: {_native.why_missing}")
+    if device.type == "cuda":
+        return _choose_cuda(device.index if device.index is not None else torch.cuda.current_device())
+    return _REFERENCE, f"no kernels for {device.type} devices"
+
+
+@cache
+def _choose_cuda(index: int) -> tuple[Implementation, str]:
+    if _CUDA is None:
+        reason = f"no compiled module: {_native.why_missing}" if _native.why_missing else "built without CUDA"
+        return _REFERENCE, reason
+    capability = torch.cuda.get_device_capability(index)
+    archs = _native.build_info["cuda_archs"]
+    if not runs_on(capability, archs):
+        return _REFERENCE, f"sm_{capability[0]}{capability[1]} is none of the built {', '.join(archs)}"
+    return _CUDA, "compiled"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def _expect_shape(op: str, name: str, tensor: Tensor, *shape: int) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+
+
+def _expect_like(op: str, x: Tensor, dtype: torch.dtype, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {x.device}; move one to the other's device")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {dtype} for x in {x.dtype}; cast it first")
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of v, mask and rstd beside an x of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check(op: str, x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> None:
+    """What holds for every op: dtypes, devices, and the shapes x [T,d], l0 [r,d], v [r], l1 [n,r], mask [n]."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: x is {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    _expect_like(op, x, x.dtype, l0=l0, l1=l1)
+    _expect_like(op, x, _statistics_dtype(x.dtype), v=v, mask=mask)
+    for name, tensor in {"x": x, "l0": l0, "l1": l1}.items():
+        if tensor.dim() != 2 or (name != "x" and 0 in tensor.shape):
+            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected two dimensions, none of them 0")
+    hidden, rank, outputs = x.shape[1], l0.shape[0], l1.shape[0]
+    _expect_shape(op, "l0", l0, rank, hidden)
+    _expect_shape(op, "v", v, rank)
+    _expect_shape(op, "l1", l1, outputs, rank)
+    _expect_shape(op, "mask", mask, outputs)
+    if outputs > hidden:
+        raise ValueError(f"{op}: l1 has {outputs} rows, more than the {hidden} columns of x")
+
+
+def _check_hsm_backward(grad_y: Tensor, x: Tensor, h: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> None:
+    op = "hsm_backward"
+    _check(op, x, l0, v, l1, mask)
+    _expect_like(op, x, x.dtype, grad_y=grad_y, h=h)
+    _expect_shape(op, "grad_y", grad_y, len(x), len(l1))
+    _expect_shape(op, "h", h, len(x), len(l0))
+
+
+def _check_hsm_residual_rmsnorm(
+    x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor, residual: Tensor, weight: Tensor
+) -> None:
+    op = "hsm_residual_rmsnorm"
+    _check(op, x, l0, v, l1, mask)
+    _expect_like(op, x, x.dtype, residual=residual, weight=weight)
+    _expect_shape(op, "residual", residual, len(x), len(l1))
+    _expect_shape(op, "weight", weight, len(l1))
+
+
+def _check_hsm_residual_rmsnorm_backward(
+    grad_residual_out: Tensor,
+    grad_normed: Tensor,
+    x: Tensor,
+    h: Tensor,
+    residual_out: Tensor,
+    rstd: Tensor,
+    l0: Tensor,
+    v: Tensor,
+    l1: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+) -> None:
+    op = "hsm_residual_rmsnorm_backward"
+    _check(op, x, l0, v, l1, mask)
+    rows = {"grad_residual_out": grad_residual_out, "grad_normed": grad_normed, "residual_out": residual_out}
+    _expect_like(op, x, x.dtype, **rows, h=h, weight=weight)
+    _expect_like(op, x, _statistics_dtype(x.dtype), rstd=rstd)
+    for name, tensor in rows.items():
+        _expect_shape(op, name, tensor, len(x), len(l1))
+    _expect_shape(op, "h", h, len(x), len(l0))
+    _expect_shape(op, "rstd", rstd, len(x))
+    _expect_shape(op, "weight", weight, len(l1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ops and their fake kernels
+
+
+def _run(op: str, x: Tensor, tensors: tuple[Tensor, ...], *options: Any) -> tuple[Tensor, ...]:
+    """Runs `op` on the implementation for x, in the dtypes given: autocast ends at the op's boundary."""
+    implementation, _ = choose(x.device, x.dtype)
+    contiguous = [tensor.contiguous() for tensor in tensors]
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return getattr(implementation, op)(*contiguous, *options)
+    return getattr(implementation, op)(*contiguous, *options)
+
+
+def _hsm(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    _check("hsm", x, l0, v, l1, mask)
+    return _run("hsm", x, (x, l0, v, l1, mask))
+
+
+def _hsm_fake(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    _check("hsm", x, l0, v, l1, mask)
+    return x.new_empty(len(x), len(l1)), x.new_empty(len(x), len(l0))
+
+
+def _hsm_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor,
+    l0: Tensor,
+    v: Tensor,
+    l1: Tensor,
+    mask: Tensor,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    tensors = (grad_y, x, h, l0, v, l1, mask)
+    _check_hsm_backward(*tensors)
+    return _run("hsm_backward", x, tensors, output_mask)
+
+
+def _wanted(tensors: tuple[Tensor, ...], output_mask: list[bool]) -> tuple[Tensor, ...]:
+    """Uninitialised gradients of `tensors`, empty where not wanted."""
+    return tuple(
+        tensor.new_empty(tensor.shape if wanted else (0,)) for tensor, wanted in zip(tensors, output_mask, strict=True)
+    )
+
+
+def _hsm_backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor,
+    l0: Tensor,
+    v: Tensor,
+    l1: Tensor,
+    mask: Tensor,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    _check_hsm_backward(grad_y, x, h, l0, v, l1, mask)
+    return _wanted((x, l0, v, l1, mask), output_mask)
+
+
+def _hsm_residual_rmsnorm(
+    x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    tensors = (x, l0, v, l1, mask, residual, weight)
+    _check_hsm_residual_rmsnorm(*tensors)
+    return _run("hsm_residual_rmsnorm", x, tensors, eps)
+
+
+def _hsm_residual_rmsnorm_fake(
+    x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    _check_hsm_residual_rmsnorm(x, l0, v, l1, mask, residual, weight)
+    rows = (len(x), len(l1))
+    return x.new_empty(rows), x.new_empty(rows), x.new_empty(len(x), len(l0)), v.new_empty(len(x))
+
+
+def _hsm_residual_rmsnorm_backward(
+    grad_residual_out: Tensor,
+    grad_normed: Tensor,
+    x: Tensor,
+    h: Tensor,
+    residual_out: Tensor,
+    rstd: Tensor,
+    l0: Tensor,
+    v: Tensor,
+    l1: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    tensors = (grad_residual_out, grad_normed, x, h, residual_out, rstd, l0, v, l1, mask, weight)
+    _check_hsm_residual_rmsnorm_backward(*tensors)
+    return _run("hsm_residual_rmsnorm_backward", x, tensors, output_mask)
+
+
+def _hsm_residual_rmsnorm_backward_fake(
+    grad_residual_out: Tensor,
+    grad_normed: Tensor,
+    x: Tensor,
+    h: Tensor,
+    residual_out: Tensor,
+    rstd: Tensor,
+    l0: Tensor,
+    v: Tensor,
+    l1: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    _check_hsm_residual_rmsnorm_backward(
+        grad_residual_out, grad_normed, x, h, residual_out, rstd, l0, v, l1, mask, weight
+    )
+    return _wanted((x, residual_out, l0, v, l1, mask, weight), output_mask)
+
+
+for _op in OPS:
+    _library.impl(_op, globals()[f"_{_op}"], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyprune::{_op}", globals()[f"_{_op}_fake"], lib=_library)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+class _Hsm(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.pyprune.hsm(x, l0, v, l1, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, l0, v, l1, mask = inputs
+        _, h = output
+        ctx.mark_non_differentiable(h)
+        ctx.save_for_backward(x, h, l0, v, l1, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, grad_h: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = list(ctx.needs_input_grad)
+        gradients = torch.ops.pyprune.hsm_backward(grad_y, *ctx.saved_tensors, wanted)
+        return _only(wanted, gradients)
+
+
+class _HsmResidualRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, residual: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.pyprune.hsm_residual_rmsnorm(x, l0, v, l1, mask, residual, weight, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, _, l0, v, l1, mask, weight, _ = inputs
+        residual_out, _, h, rstd = output
+        ctx.mark_non_differentiable(h, rstd)
+        ctx.save_for_backward(x, h, residual_out, rstd, l0, v, l1, mask, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_residual_out: Tensor, grad_normed: Tensor, grad_h: Tensor, grad_rstd: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        wanted = list(ctx.needs_input_grad[:7])
+        gradients = torch.ops.pyprune.hsm_residual_rmsnorm_backward(
+            grad_residual_out, grad_normed, *ctx.saved_tensors, wanted
+        )
+        return *_only(wanted, gradients), None
+
+
+def _only(wanted: list[bool], gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients that autograd asked for, None in place of the others."""
+    return tuple(gradient if want else None for want, gradient in zip(wanted, gradients, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The functional API
+
+
+def hsm(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> Tensor:
+    """PAT's hybrid sparsification module: y = mask * (D x)[:n] with D = l1 diag(v) l0 + I (arXiv 2408.14721).
+
+    Args:
+        x: [..., d] in bf16, fp16, fp32 or fp64.
+        l0: [r, d], l1: [n, r] with n <= d, both in x's dtype. For n < d the kept channels of x stand first.
+        v: [r] and mask: [n], in fp32 (fp64 for an fp64 x).
+
+    Returns:
+        [..., n] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument's dtype, device or shape is not the above.
+    """
+    y, _ = _Hsm.apply(x.reshape(-1, x.shape[-1]), l0, v, l1, mask)
+    return y.view(*x.shape[:-1], len(l1))
+
+
+def hsm_residual_rmsnorm(
+    x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`hsm`, the residual addition after it and the RMSNorm that reads the sum, in one op.
+
+    residual_out = residual + hsm(x);   normed = residual_out * rsqrt(mean(residual_out^2) + eps) * weight
+
+    Args:
+        x, l0, v, l1, mask: as for `hsm`.
+        residual: [..., n] and weight: [n], in x's dtype.
+        eps: the norm's epsilon.
+
+    Returns:
+        residual_out and normed, [..., n] in x's dtype. The statistics are those of residual_out as rounded.
+
+    Raises:
+        TypeError, ValueError: an argument's dtype, device or shape is not the above.
+    """
+    shape = (*x.shape[:-1], len(l1))
+    if tuple(residual.shape) != shape:
+        raise ValueError(f"hsm_residual_rmsnorm: residual has shape {list(residual.shape)}, expected {list(shape)}")
+    residual_out, normed, _, _ = _HsmResidualRmsNorm.apply(
+        x.reshape(-1, x.shape[-1]), residual.reshape(-1, shape[-1]), l0, v, l1, mask, weight, eps
+    )
+    return residual_out.view(shape), normed.view(shape)
