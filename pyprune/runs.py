@@ -1,0 +1,437 @@
+"""One run, one folder: config.json, log.txt, metrics.jsonl, stages/, checkpoints/, summary.json and model/.
+
+A run is a row of stages. A stage that is done has left one record, written atomically, and a resumed run skips it; a
+stage that trains goes on from its newest checkpoint. So a run that was stopped ends as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import gc
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyprune import evaluation, surgery
+from pyprune.data import Corpus, TokenStream, encode
+from pyprune.methods import Method, like, option
+from pyprune.models import open_model, open_tokenizer
+from pyprune.training import Tuned, latest_checkpoint, tune, write_atomically
+
+log = logging.getLogger("pyprune")
+
+BASELINES = ("lora", "prune-then-tune")
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used; nothing in it was changed."""
+
+
+class Run:
+    """A run folder that this process holds; use `open_run`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.metrics = folder / "metrics.jsonl"
+        self.model = folder / "model"
+
+    def checkpoints(self, stage: str) -> Path:
+        """Where a stage that trains keeps its checkpoints."""
+        return self.folder / "checkpoints" / stage
+
+    def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The record of a stage: what `work` returned, and `seconds`. Done once, however often the run is resumed."""
+        path = self.folder / "stages" / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        log.info("%s: begins", name)
+        start = time.monotonic()
+        record = {**work(), "seconds": round(time.monotonic() - start, 3)}
+        write_json(path, record)
+        log.info("%s: done in %.0f s: %s", name, record["seconds"], _brief(record))
+        return record
+
+
+@contextmanager
+def open_run(folder: str | Path, config: dict[str, Any], resume: bool) -> Iterator[Run]:
+    """A run in `folder`, new or resumed. `config` is what defines the result; it is kept in config.json.
+
+    Raises RunError when the folder is not empty and `resume` was not asked for, is no run folder, belongs to a run
+    with another configuration (the first key that differs is named), or is in use by another process.
+    """
+    folder = Path(folder)
+    config = json.loads(json.dumps(config))
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"--out {folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        _check_resumable(folder, config, resume)
+    for sub in ("stages", "checkpoints"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    with _locked(folder / ".lock"):
+        if not (folder / "config.json").exists():
+            write_json(folder / "config.json", config)
+        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        loggers = [log, logging.getLogger("py.warnings")]
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            yield Run(folder)
+        except BaseException as error:
+            log.error("stopped: %s: %s", type(error).__name__, error)
+            raise
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+            handler.close()
+
+
+def _check_resumable(folder: Path, config: dict[str, Any], resume: bool) -> None:
+    if not resume:
+        raise RunError(f"--out {folder} is not empty; continue it with --resume, or name another folder")
+    path = folder / "config.json"
+    left = {entry.name for entry in folder.iterdir()} - {"stages", "checkpoints", ".lock", ".config.json.partial"}
+    if not path.exists():
+        if left:
+            raise RunError(f"--out {folder} is not a run folder (no config.json), so it cannot be resumed")
+        return  # killed before the configuration was written
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for key in sorted(before.keys() | config.keys()):
+        if before.get(key) != config.get(key):
+            raise RunError(
+                f"--resume: {key} was {before.get(key)!r} and is now {config.get(key)!r}; resume {folder} with the "
+                "same options, or name another folder"
+            )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock that ends with the process, so that no two of them write one run."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{path.parent} is in use by another pyprune process") from error
+        yield
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, atomically. A full disk leaves the old file and says so."""
+    try:
+        write_atomically(path, json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, f"the disk is full: {path} was not written; free space and resume") from error
+        raise
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, so that a resumed run notices other data under the same name."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _brief(record: dict[str, Any]) -> str:
+    numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+    numbers |= {"perplexity": record["perplexity"]["value"]} if "perplexity" in record else {}
+    return ", ".join(f"{key} {value:.6g}" for key, value in numbers.items())
+
+
+# --------------------------------------------------------------------------------------------------------- the recipe
+
+
+@dataclasses.dataclass
+class Recipe:
+    """What is the same for the method and for the baselines it is compared with."""
+
+    steps: int = option(200, "optimiser steps")
+    batch_size: int = option(4, "windows in one forward pass")
+    accumulate: int = option(1, "forward passes in one optimiser step")
+    window: int = option(256, "tokens in a training window")
+    learning_rate: float = option(1e-3, "peak learning rate")
+    warmup: int = option(10, "steps over which the learning rate rises")
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    dtype: str = option("auto", "dtype of the model's weights", choices=["auto", "float32", "bfloat16", "float16"])
+    seed: int = option(0, "seed of everything that is random")
+    save_every: int | None = option(None, "steps between checkpoints (default: a tenth of the steps)")
+    calibration_windows: int = option(32, "training windows that calibrate a method, read without gradients")
+    eval_window: int = option(512, "tokens in a window that measures perplexity")
+    eval_stride: int | None = option(None, "tokens between these windows (default: the window, no overlap)")
+    eval_tokens: int | None = option(None, "held-out tokens to measure on (default: all)")
+    prompt_tokens: int = option(512, "tokens of the prompt that measures speed")
+    new_tokens: int = option(32, "tokens decoded to measure speed")
+    repeats: int = option(5, "repeats of the measurement of speed")
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "calibration_windows",
+            "prompt_tokens",
+            "new_tokens",
+            "repeats",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("window", "eval_window"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 2")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; expected a positive number")
+
+
+class Experiment:
+    """A method and its baselines on one dense model, corpus and recipe: stage by stage to a summary."""
+
+    def __init__(
+        self,
+        run: Run,
+        dense: str | Path,
+        corpus: Corpus,
+        recipe: Recipe,
+        name: str,
+        method: Method,
+        baselines: tuple[str, ...],
+        trust_remote_code: bool = False,
+        progress: bool = False,
+    ) -> None:
+        self.run, self.dense, self.corpus, self.recipe = run, dense, corpus, recipe
+        self.name, self.method, self.progress = name, method, progress
+        self.baselines = tuple(baseline for baseline in baselines if baseline != name)
+        self.trust_remote_code = trust_remote_code
+        self.tokenizer = open_tokenizer(dense, trust_remote_code)
+        train = encode(corpus.train, self.tokenizer)
+        self.windows = train.windows(recipe.window)
+        same = corpus.calibration is corpus.train
+        calibration = self.windows if same else encode(corpus.calibration, self.tokenizer).windows(recipe.window)
+        chosen = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(recipe.seed))
+        self.calibration = calibration.ids[chosen[: recipe.calibration_windows]].split(recipe.batch_size)
+        held_out = encode(corpus.held_out, self.tokenizer)
+        end = recipe.eval_tokens or len(held_out)
+        self.held_out = TokenStream(held_out.ids[:end], held_out.labels[:end], held_out.bos)
+        self.train_tokens = len(train)
+
+    def __call__(self) -> dict[str, Any]:
+        """Runs what is not done yet and writes summary.json."""
+        dense = self.run.stage("dense", self._measure_dense)
+        baselines = {name: self.run.stage(name, partial(self._baseline, name)) for name in self.baselines}
+        trained = self.run.stage(self.name, self._train)
+        pruned = self.run.stage("reload", self._measure_pruned)
+        speed = self.run.stage("speed", self._speed)
+        records = [dense, *baselines.values(), trained, pruned, speed]
+        summary = self._summary(dense, baselines, trained, pruned, speed)
+        summary["seconds_total"] = round(sum(map(_seconds, records)), 1)
+        write_json(self.run.folder / "summary.json", summary)
+        return summary
+
+    # ---- stages
+
+    def _open(self, path: str | Path) -> nn.Module:
+        gc.collect()
+        return open_model(path, self.recipe.dtype, self.trust_remote_code)
+
+    def _perplexity(self, model: nn.Module) -> dict[str, Any]:
+        r, text = self.recipe, self.held_out
+        found = evaluation.perplexity(
+            model, text.ids, r.eval_window, r.eval_stride, labels=text.labels, bos=text.bos, progress=self.progress
+        )
+        return dataclasses.asdict(found)
+
+    def _measure_dense(self) -> dict[str, Any]:
+        model = self._open(self.dense)
+        return {**_shape(model), "perplexity": self._perplexity(model)}
+
+    def _baseline(self, name: str) -> dict[str, Any]:
+        model, tuned = self._tuned(name, like(name, self.method))
+        return {**_shape(model), "training": dataclasses.asdict(tuned), "perplexity": self._perplexity(model)}
+
+    def _train(self) -> dict[str, Any]:
+        model, tuned = self._tuned(self.name, self.method)
+        shutil.rmtree(self.run.model, ignore_errors=True)  # a kill between the export and the record of this stage
+        surgery.export(model, self.tokenizer, self.run.model)
+        return {**_shape(model), "training": dataclasses.asdict(tuned)}
+
+    def _tuned(self, stage: str, method: Method) -> tuple[nn.Module, Tuned]:
+        from transformers import set_seed
+
+        r, folder = self.recipe, self.run.checkpoints(stage)
+        model = self._open(self.dense)
+        set_seed(r.seed)
+        model = method.prepare(model, calibration=self.calibration, resume=latest_checkpoint(folder))
+        groups = getattr(method, "parameter_groups", None)
+        tuned = tune(
+            model,
+            self.windows,
+            folder,
+            steps=r.steps,
+            batch_size=r.batch_size,
+            learning_rate=r.learning_rate,
+            callbacks=method.callbacks(),
+            parameter_groups=groups(model, r.learning_rate) if groups else None,
+            gradient_checkpointing=r.gradient_checkpointing,
+            seed=r.seed,
+            save_every=r.save_every,
+            metrics=self.run.metrics,
+            stage=stage,
+            progress=self.progress,
+            gradient_accumulation_steps=r.accumulate,
+            warmup_steps=r.warmup,
+        )
+        return method.finalize(model), tuned
+
+    def _measure_pruned(self) -> dict[str, Any]:
+        model = self._open(self.run.model)
+        return {**_shape(model), "perplexity": self._perplexity(model)}
+
+    def _speed(self) -> dict[str, Any]:
+        r = self.recipe
+        dense, pruned = self._open(self.dense), self._open(self.run.model)
+        measured = evaluation.latency(
+            {"dense": dense, "pruned": pruned}, r.prompt_tokens, r.new_tokens, r.repeats, progress=self.progress
+        )
+        return {
+            "speedup": dataclasses.asdict(evaluation.speedup(dense, pruned, measured)),
+            "latency": {side: dataclasses.asdict(value) for side, value in measured.items()},
+        }
+
+    # ---- summary
+
+    def _summary(
+        self,
+        dense: dict[str, Any],
+        baselines: dict[str, dict[str, Any]],
+        trained: dict[str, Any],
+        pruned: dict[str, Any],
+        speed: dict[str, Any],
+    ) -> dict[str, Any]:
+        def baseline_perplexity(name: str) -> float | None:
+            return baselines[name]["perplexity"]["value"] if name in baselines else None
+
+        r, speedup = self.recipe, speed["speedup"]
+        return {
+            "method": self.name,
+            "ratio_requested": getattr(self.method, "ratio", None),
+            "ratio_achieved": 1 - pruned["hidden_size"] / dense["hidden_size"],
+            "params_dense": dense["params"],
+            "params_pruned": pruned["params"],
+            "block_params_dense": dense["block_params"],
+            "block_params_pruned": pruned["block_params"],
+            "hidden_size_dense": dense["hidden_size"],
+            "hidden_size_pruned": pruned["hidden_size"],
+            "tied": pruned["tied"],
+            "basis": getattr(self.method, "basis", None),
+            "ppl_dense": dense["perplexity"]["value"],
+            "ppl_tuned_dense": baseline_perplexity("lora"),
+            "ppl_prune_then_tune": baseline_perplexity("prune-then-tune"),
+            "ppl_pruned": pruned["perplexity"]["value"],
+            "tokens_trained": trained["training"]["tokens"],
+            "seconds": trained["training"]["seconds"],
+            "prefill_speedup": speedup["prefill"],
+            "prefill_speedup_limit": speedup["prefill_limit"],
+            "decode_speedup": speedup["decode"],
+            "decode_speedup_limit": speedup["decode_limit"],
+            "speed_protocol": {
+                "prompt_tokens": r.prompt_tokens,
+                "new_tokens": r.new_tokens,
+                "repeats": r.repeats,
+                "batch": 1,
+                "statistic": "median, dense and pruned interleaved",
+            },
+            "evaluation": {key: pruned["perplexity"][key] for key in ("window", "stride", "tokens")},
+            "data": {
+                "text": self.corpus.description,
+                "train_tokens": self.train_tokens,
+                "train_documents": len(self.corpus.train),
+                "held_out_documents": len(self.corpus.held_out),
+            },
+            "dense_model": str(self.dense),
+            "dtype": dense["dtype"],
+            "steps": r.steps,
+            "seed": r.seed,
+            **environment(),
+        }
+
+
+def _seconds(record: dict[str, Any]) -> float:
+    """A stage's time; one that trained in several processes counts at least all of its steps."""
+    return max(record["seconds"], record.get("training", {}).get("seconds", 0.0))
+
+
+def _shape(model: nn.Module) -> dict[str, Any]:
+    """Sizes counted from the tensors, not from a setting."""
+    from pyprune.architectures import describe
+
+    decoder, counts = describe(model), surgery.parameter_counts(model)
+    return {
+        "params": counts["total"],
+        "block_params": counts["blocks"],
+        "hidden_size": decoder.hidden_size,
+        "tied": decoder.tied,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- what it ran on
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and, in a git checkout, the commit."""
+    packages = ("pyprune", "torch", "transformers", "peft")
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in packages}
+    return {"versions": versions, "hardware": hardware(), "commit": _commit()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    """The processor, its cores, the threads that torch uses, and the GPU if there is one."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():  # an installed copy may lie inside somebody else's checkout
+        return None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None
