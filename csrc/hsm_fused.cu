@@ -1,0 +1,929 @@
+// HSM and HSM + residual + RMSNorm on tensor cores, forward and backward. The contract is in hsm_fused.h.
+//
+// All products have one side r = d / 20 wide, so at r = 104 they do about 100 operations per element of x, a quarter of
+// what an H100 (3.35 TB/s, 800 TFLOP/s through mma.sync at best) could do in the time the bytes take: every kernel here
+// is bound by memory, and the design is about reading x, residual and grad_y as few times as possible, in 16-byte
+// pieces, with enough of them in flight. Sizes below are for bf16 at T tokens, hidden d, rank r, n = d.
+//
+//   hsm_forward:           project (reads x, writes h and h*v), expand (reads x, writes y)
+//   + residual + rmsnorm:  the same, expand adding the residual and squares, then normalise
+//   hsm_backward:          scale_rows, project (reads grad_y, writes u*v), expand (reads grad_y and x, writes grad_x)
+//   rmsnorm_backward:      one kernel over rows
+//
+// Sums over rows or over d are split over blocks and finished by a second kernel in a fixed order: no atomics.
+#include "hsm_fused.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <initializer_list>
+
+#include "launch.h"
+#include "ptx.cuh"
+
+namespace pyprune {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kTileRows = 64;       // Of a block's output tile.
+constexpr int kTileColumns = 128;   // Of a block's output tile: 8 warps, 2 x 4, of 32 x 32 each.
+constexpr int kStageRowBytes = 128;  // Depth of one pipeline stage: 64 16-bit or 32 fp32 elements.
+constexpr int kLeftBytes = kTileRows * kStageRowBytes;
+constexpr int kStageBytes = kLeftBytes + kTileColumns * kStageRowBytes;
+constexpr int kProjectStages = 4;
+constexpr int kExpandStages = 3;
+constexpr int kFinishRows = 16;       // Rows per block of project_finish.
+constexpr int kNormaliseColumns = 2048;
+constexpr int kMaxRowsPerBlock = 64;  // Of rms_backward.
+
+template <typename T>
+constexpr int kVector = 16 / sizeof(T);  // Elements in a 16-byte access.
+
+template <typename T>
+constexpr int kDepth = kStageRowBytes / sizeof(T);  // Elements of the summed dimension in one pipeline stage.
+
+template <typename T>
+struct Matrix {
+  const T* data;
+  int64_t rows, columns;
+};
+
+__host__ __device__ inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float value) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16(value);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half(value);
+  } else {
+    return value;
+  }
+}
+
+// How many of `count` elements from `first` on lie before `end`.
+__device__ __forceinline__ int clip(int64_t first, int64_t end, int count) {
+  return first + count <= end ? count : first < end ? static_cast<int>(end - first) : 0;
+}
+
+// 16 bytes, zero past `valid` elements. kReadOnly promises that this kernel does not write there.
+template <bool kReadOnly, typename T>
+__device__ __forceinline__ void load_vector(float (&out)[kVector<T>], const T* source, int valid, bool aligned) {
+  union {
+    uint4 bytes;
+    T elements[kVector<T>];
+  };
+  if (aligned && valid == kVector<T>) {
+    bytes = kReadOnly ? __ldg(reinterpret_cast<const uint4*>(source)) : *reinterpret_cast<const uint4*>(source);
+  } else {
+    for (int i = 0; i < kVector<T>; ++i) elements[i] = i < valid ? source[i] : from_float<T>(0.0f);
+  }
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) out[i] = to_float(elements[i]);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vector(T* target, const float (&values)[kVector<T>], int valid, bool aligned) {
+  union {
+    uint4 bytes;
+    T elements[kVector<T>];
+  };
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) elements[i] = from_float<T>(values[i]);
+  if (aligned && valid == kVector<T>) {
+    *reinterpret_cast<uint4*>(target) = bytes;
+  } else {
+    for (int i = 0; i < kVector<T>; ++i) {
+      if (i < valid) target[i] = elements[i];
+    }
+  }
+}
+
+// Sum over groups of `width` neighbouring lanes, a power of two; every lane gets its group's.
+__device__ __forceinline__ float sum_lanes(float value, int width = 32) {
+  for (int step = width / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One 64 x 128 tile of a product, summed over a pipeline of cp.async stages
+// ---------------------------------------------------------------------------------------------------------------------
+
+// The right factor as it lies in memory: [columns, depth] (l0 in forward: y = x l0^T) or [depth, columns].
+enum class Right { kColumnsByDepth, kDepthByColumns };
+
+// Tiles lie in shared memory as rows of 16-byte chunks, the chunk index xor-ed with row % 8: the eight rows of an
+// ldmatrix, and the eight threads of a store, then touch different banks without padding.
+__device__ __forceinline__ int chunk_offset(int row, int chunk, int row_bytes) {
+  return row * row_bytes + ((chunk ^ (row & 7)) << 4);
+}
+
+// Copies kRows x kRowBytes of a matrix from (row0, column0) on, with zeros outside; asynchronously where aligned.
+template <typename T, int kRows, int kRowBytes>
+__device__ __forceinline__ void load_tile(unsigned char* shared, const Matrix<T>& matrix, int64_t row0, int64_t column0,
+                                          bool aligned) {
+  constexpr int kChunks = kRowBytes / 16;
+  static_assert(kRows * kChunks % kThreads == 0, "every thread copies as many chunks");
+#pragma unroll
+  for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const int64_t column = column0 + chunk * kVector<T>;
+    const int valid = row0 + row < matrix.rows ? clip(column, matrix.columns, kVector<T>) : 0;
+    const T* source = matrix.data + (row0 + row) * matrix.columns + column;
+    unsigned char* target = shared + chunk_offset(row, chunk, kRowBytes);
+    if (aligned) {
+      ptx::cp_async_16(target, valid ? source : matrix.data, valid ? 16 : 0);
+    } else {
+      T* elements = reinterpret_cast<T*>(target);
+      for (int e = 0; e < kVector<T>; ++e) elements[e] = e < valid ? source[e] : from_float<T>(0.0f);
+    }
+  }
+}
+
+// What one thread holds of its warp's 32 x 32: [i][j] is the mma result at rows 16 i, columns 8 j (layout in ptx.cuh).
+using Accumulator = float[2][4][4];
+
+// Adds one stage on tensor cores: per k = 16, four ldmatrix and eight mma.
+template <typename T, Right kRight>
+__device__ __forceinline__ void multiply_stage(Accumulator& sum, const unsigned char* left, const unsigned char* right) {
+  constexpr int kRightRowBytes = kRight == Right::kColumnsByDepth ? kStageRowBytes : kTileColumns * sizeof(T);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int row0 = warp / 4 * 32, column0 = warp % 4 * 32;
+#pragma unroll
+  for (int k = 0; k < kDepth<T>; k += 16) {
+    uint32_t a[2][4], b[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = row0 + i * 16 + lane % 16;
+      ptx::ldmatrix_x4(a[i], left + chunk_offset(row, k / 8 + lane / 16, kStageRowBytes));
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if constexpr (kRight == Right::kColumnsByDepth) {
+        const int column = column0 + j * 16 + lane / 16 * 8 + lane % 8;
+        ptx::ldmatrix_x4(b[j], right + chunk_offset(column, k / 8 + lane / 8 % 2, kRightRowBytes));
+      } else {
+        const int chunk = column0 / 8 + j * 2 + lane / 16;
+        ptx::ldmatrix_x4_trans(b[j], right + chunk_offset(k + lane % 16, chunk, kRightRowBytes));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        ptx::mma_m16n8k16<T>(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+      }
+    }
+  }
+}
+
+// The same in fp32 on the ordinary units: exact products, the order of accumulation of the mma layout.
+template <Right kRight>
+__device__ __forceinline__ void multiply_stage_fp32(Accumulator& sum, const unsigned char* left,
+                                                    const unsigned char* right) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int row0 = warp / 4 * 32 + lane / 4, column0 = warp % 4 * 32 + lane % 4 * 2;
+  const auto at = [](const unsigned char* tile, int row, int column, int row_bytes) {
+    return reinterpret_cast<const float*>(tile + chunk_offset(row, column / 4, row_bytes))[column % 4];
+  };
+#pragma unroll 4
+  for (int k = 0; k < kDepth<float>; ++k) {
+    float a[4], b[8];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = at(left, row0 + i * 8, k, kStageRowBytes);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int column = column0 + j / 2 * 8 + j % 2;
+      if constexpr (kRight == Right::kColumnsByDepth) {
+        b[j] = at(right, column, k, kStageRowBytes);
+      } else {
+        b[j] = at(right, k, column, kTileColumns * sizeof(float));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[i / 2][j / 2][i % 2 * 2 + j % 2] += a[i] * b[j];
+    }
+  }
+}
+
+// The product's tile in shared memory, fp32, for an epilogue that walks it in rows: 16-byte accesses to global memory
+// instead of the accumulator layout's 4-byte ones. Four columns of padding keep its writes off each other's banks.
+struct Tile {
+  static constexpr int kStride = kTileColumns + 4;
+  static constexpr int kBytes = kTileRows * kStride * sizeof(float);
+  float* values;
+
+  __device__ __forceinline__ float* at(int row, int column) const { return values + row * kStride + column; }
+};
+static_assert(Tile::kBytes + kThreads * kVector<__half> * sizeof(float) <= kExpandStages * kStageBytes,
+              "the epilogue's tile and column sums reuse the pipeline's memory");
+
+// left[row0 .. + 64, first .. last) times right[.., column0 .. + 128], left in shared memory for all threads to read.
+// `first` is a multiple of the stage depth. Call with all threads, none of them still reading `shared`.
+template <typename T, Right kRight, int kStages>
+__device__ __forceinline__ Tile multiply_tile(unsigned char* shared, const Matrix<T>& left, int64_t row0,
+                                              const Matrix<T>& right, int64_t column0, int64_t first, int64_t last,
+                                              bool aligned) {
+  const int64_t steps = ceil_divide(last - first, kDepth<T>);
+  const auto load = [&](int64_t step) {
+    if (step < steps) {
+      unsigned char* stage = shared + step % kStages * kStageBytes;
+      const int64_t depth = first + step * kDepth<T>;
+      load_tile<T, kTileRows, kStageRowBytes>(stage, left, row0, depth, aligned);
+      if constexpr (kRight == Right::kColumnsByDepth) {
+        load_tile<T, kTileColumns, kStageRowBytes>(stage + kLeftBytes, right, column0, depth, aligned);
+      } else {
+        load_tile<T, kDepth<T>, kTileColumns * sizeof(T)>(stage + kLeftBytes, right, depth, column0, aligned);
+      }
+    }
+    ptx::cp_async_commit();  // Also when empty, so that the wait below can count groups.
+  };
+
+  Accumulator sum = {};
+  for (int step = 0; step < kStages - 1; ++step) load(step);
+  for (int64_t step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();  // This stage has arrived for all; all are done with the one that is loaded next.
+    load(step + kStages - 1);
+    const unsigned char* stage = shared + step % kStages * kStageBytes;
+    if constexpr (std::is_same_v<T, float>) {
+      multiply_stage_fp32<kRight>(sum, stage, stage + kLeftBytes);
+    } else {
+      multiply_stage<T, kRight>(sum, stage, stage + kLeftBytes);
+    }
+  }
+  __syncthreads();  // The last stages are read; only empty groups are in flight.
+
+  const Tile tile{reinterpret_cast<float*>(shared)};
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = warp / 4 * 32 + i * 16 + lane / 4, column = warp % 4 * 32 + j * 8 + lane % 4 * 2;
+      tile.at(row, column)[0] = sum[i][j][0];
+      tile.at(row, column)[1] = sum[i][j][1];
+      tile.at(row + 8, column)[0] = sum[i][j][2];
+      tile.at(row + 8, column)[1] = sum[i][j][3];
+    }
+  }
+  __syncthreads();
+  return tile;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// project: the narrow product, [T, d] times l0^T or [T, n] times (mask * l1), to [T, r]
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Project {
+  Matrix<T> left, right;
+  int64_t rank;
+  int64_t steps_per_split;  // Pipeline stages of one split.
+  const float* v;
+  const T* h;       // Backward's input.
+  T* plain;         // Forward: h. Backward: not written.
+  T* scaled;        // Forward: h * v. Backward: u * v.
+  float* sums;      // Splits: partial products [splits, T, r].
+  float* v_sums;    // Backward: partial grad_v [row blocks, r].
+  bool aligned;
+};
+
+// Rounds and scales a block of rows of the product, value(row, column) in fp32; 128 columns from column0 on.
+// `shared` holds kThreads floats that nothing else uses.
+template <bool kBackward, int kRows, typename T, typename Value>
+__device__ __forceinline__ void finish_projection(const Project<T>& p, int64_t row_block, int64_t column0,
+                                                  float* shared, Value value) {
+  const int column = threadIdx.x % kTileColumns;
+  const bool inside = column0 + column < p.rank;
+  const float v = inside ? p.v[column0 + column] : 0.0f;
+  float v_sum = 0.0f;
+  for (int row = threadIdx.x / kTileColumns; row < kRows; row += kThreads / kTileColumns) {
+    const int64_t token = row_block * kRows + row;
+    if (!inside || token >= p.left.rows) continue;
+    const int64_t at = token * p.rank + column0 + column;
+    const float u = value(row, column);
+    if constexpr (kBackward) {
+      p.scaled[at] = from_float<T>(u * v);
+      v_sum += to_float(p.h[at]) * u;
+    } else {
+      const T h = from_float<T>(u);  // What backward will read is what y is made of.
+      p.plain[at] = h;
+      p.scaled[at] = from_float<T>(to_float(h) * v);
+    }
+  }
+  if constexpr (kBackward) {
+    shared[threadIdx.x] = v_sum;
+    __syncthreads();
+    if (threadIdx.x < kTileColumns && inside) {
+      p.v_sums[row_block * p.rank + column0 + column] = shared[column] + shared[column + kTileColumns];
+    }
+  }
+}
+
+// Bytes: T d for x, r d for l0 once per 64 rows from L2 (2048 x 104 x 2 = 0.4 MB), T r to write. Operations: 2 T d r.
+// Floor at T = d = 2048: 8.4 MB, 2.5 us on an H100. Shared memory 96 KB (four stages of 24 KB: 24 KB of x in flight),
+// so one or two blocks per SM; where T / 64 blocks do not fill the machine, d is split over more of them, which costs
+// 8 T r bytes per split (L2).
+// Grid: row blocks x column blocks, column fastest so that neighbours share x; y: splits.
+template <typename T, bool kBackward, bool kSplit>
+__global__ void __launch_bounds__(kThreads, 2) project(Project<T> p) {
+  PYPRUNE_SHARED_MEMORY(shared);
+  constexpr Right kRight = kBackward ? Right::kDepthByColumns : Right::kColumnsByDepth;
+  const int64_t column_blocks = ceil_divide(p.rank, kTileColumns);
+  const int64_t row_block = blockIdx.x / column_blocks, column0 = blockIdx.x % column_blocks * kTileColumns;
+  const int64_t row0 = row_block * kTileRows;
+  const int64_t depth_per_split = p.steps_per_split * kDepth<T>;
+  const int64_t first = blockIdx.y * depth_per_split;
+  const int64_t last = first + depth_per_split < p.left.columns ? first + depth_per_split : p.left.columns;
+  const Tile tile =
+      multiply_tile<T, kRight, kProjectStages>(shared, p.left, row0, p.right, column0, first, last, p.aligned);
+  if constexpr (kSplit) {
+    float* sums = p.sums + (static_cast<int64_t>(blockIdx.y) * p.left.rows + row0) * p.rank + column0;
+    for (int i = threadIdx.x; i < kTileRows * kTileColumns; i += kThreads) {
+      const int row = i / kTileColumns, column = i % kTileColumns;
+      if (row0 + row < p.left.rows && column0 + column < p.rank) sums[row * p.rank + column] = *tile.at(row, column);
+    }
+  } else {
+    finish_projection<kBackward, kTileRows>(p, row_block, column0, reinterpret_cast<float*>(shared + Tile::kBytes),
+                                            [&](int row, int column) { return *tile.at(row, column); });
+  }
+}
+
+// Adds the splits in order. Bytes: 4 T r per split, from L2. Grid: blocks of 16 rows, blocks of 128 columns.
+template <typename T, bool kBackward>
+__global__ void __launch_bounds__(kThreads) project_finish(Project<T> p, int splits) {
+  PYPRUNE_SHARED_MEMORY(shared);
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kFinishRows, column0 = blockIdx.y * kTileColumns;
+  const auto value = [&](int row, int column) {
+    const float* sums = p.sums + (row0 + row) * p.rank + column0 + column;
+    float sum = 0.0f;
+    for (int split = 0; split < splits; ++split) sum += sums[split * p.left.rows * p.rank];
+    return sum;
+  };
+  finish_projection<kBackward, kFinishRows>(p, blockIdx.x, column0, reinterpret_cast<float*>(shared), value);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// expand: the wide product, (h * v) l1^T or (u * v) l0, with everything that happens to its elements
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Of RMSNorm over the rows of `input` [T, n], given sums of squares over kTileColumns columns each.
+template <typename T>
+struct Normalise {
+  const T* input;
+  const float* squares;  // [T, ceil(n / 128)]
+  const T* weight;
+  T* output;
+  float* rstd;
+  int64_t tokens, columns;
+  float eps;
+  bool aligned;
+};
+
+// One warp per row: rstd from the partial sums, in their order, then columns [first, last).
+template <typename T>
+__device__ __forceinline__ void normalise_rows(const Normalise<T>& p, int64_t row0, int rows, int64_t first,
+                                               int64_t last) {
+  const int lane = threadIdx.x % 32;
+  const int64_t parts = ceil_divide(p.columns, kTileColumns);
+  for (int row = threadIdx.x / 32; row < rows && row0 + row < p.tokens; row += kWarps) {
+    const int64_t token = row0 + row;
+    float square = 0.0f;
+    for (int64_t part = lane; part < parts; part += 32) square += p.squares[token * parts + part];
+    const float rstd = rsqrtf(sum_lanes(square) / p.columns + p.eps);
+    if (lane == 0 && first == 0) p.rstd[token] = rstd;
+    for (int64_t column = first + lane * kVector<T>; column < last; column += 32 * kVector<T>) {
+      const int valid = clip(column, last, kVector<T>);
+      float values[kVector<T>], weight[kVector<T>];
+      // Not a read-only load: in the fused kernel this block has just written the row.
+      load_vector<false>(values, p.input + token * p.columns + column, valid, p.aligned);
+      load_vector<true>(weight, p.weight + column, valid, p.aligned);
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) values[i] = values[i] * rstd * weight[i];
+      store_vector(p.output + token * p.columns + column, values, valid, p.aligned);
+    }
+  }
+}
+
+// Bytes: 2 T n, the read from L2 where T n fits it. Grid: blocks of 8 rows, of 2048 columns.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) normalise(Normalise<T> p) {
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kNormaliseColumns;
+  const int64_t last = first + kNormaliseColumns < p.columns ? first + kNormaliseColumns : p.columns;
+  normalise_rows(p, static_cast<int64_t>(blockIdx.x) * kWarps, kWarps, first, last);
+}
+
+enum class Epilogue {
+  kMask,      // out = mask * (x + z)
+  kResidual,  // out = other + mask * (x + z), and its squares' sums
+  kGradient,  // out = mask * other (0 past n) + z, and the column sums of other * x
+};
+
+template <typename T>
+struct Expand {
+  Matrix<T> left, right;
+  int64_t columns;      // Of out.
+  int64_t other_columns;
+  int64_t x_columns;
+  const T* x;
+  const float* mask;
+  const T* other;       // residual or grad_y
+  T* out;
+  float* sums;          // kResidual: squares [T, column blocks]. kGradient: [row blocks, n], or null.
+  Normalise<T> norm;    // kResidual, used when one block owns whole rows.
+  bool aligned;
+};
+
+// Turns one tile of z into outputs; thread t has 16 bytes of columns and every (256 / threads per row)-th row.
+template <typename T, Epilogue kEpilogue>
+__device__ __forceinline__ void expand_epilogue(const Expand<T>& p, const Tile& tile, float* column_sums, int64_t row0,
+                                                int64_t column_block) {
+  constexpr int kLanes = kTileColumns / kVector<T>, kRowStep = kThreads / kLanes;
+  const int64_t tokens = p.left.rows, column0 = column_block * kTileColumns;
+  const int tile_column = threadIdx.x % kLanes * kVector<T>;
+  const int64_t column = column0 + tile_column;
+  const int valid = clip(column, p.columns, kVector<T>);
+  const int other_valid = clip(column, p.other_columns, kVector<T>);
+  float mask[kVector<T>], sums[kVector<T>] = {};
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) mask[i] = i < other_valid ? p.mask[column + i] : 0.0f;
+
+#pragma unroll 4
+  for (int row = threadIdx.x / kLanes; row < kTileRows; row += kRowStep) {
+    const int64_t token = row0 + row;
+    const bool inside = token < tokens;
+    const float* z = tile.at(row, tile_column);
+    float x[kVector<T>] = {}, other[kVector<T>] = {}, out[kVector<T>];
+    if (kEpilogue != Epilogue::kGradient || p.sums != nullptr)
+      load_vector<true>(x, p.x + token * p.x_columns + column, inside ? other_valid : 0, p.aligned);
+    if (kEpilogue != Epilogue::kMask)
+      load_vector<true>(other, p.other + token * p.other_columns + column, inside ? other_valid : 0, p.aligned);
+    float square = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) {
+      if constexpr (kEpilogue == Epilogue::kMask) {
+        out[i] = mask[i] * (x[i] + z[i]);
+      } else if constexpr (kEpilogue == Epilogue::kResidual) {
+        out[i] = to_float(from_float<T>(other[i] + mask[i] * (x[i] + z[i])));
+        square += out[i] * out[i];
+      } else {
+        out[i] = mask[i] * other[i] + z[i];
+        sums[i] += other[i] * x[i];
+      }
+    }
+    store_vector(p.out + token * p.columns + column, out, inside ? valid : 0, p.aligned);
+    if constexpr (kEpilogue == Epilogue::kResidual) {
+      square = sum_lanes(square, kLanes);
+      if (inside && threadIdx.x % kLanes == 0) p.sums[token * ceil_divide(p.columns, kTileColumns) + column_block] = square;
+    }
+  }
+
+  if constexpr (kEpilogue == Epilogue::kGradient) {
+    if (p.sums == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) column_sums[threadIdx.x / kLanes * kTileColumns + tile_column + i] = sums[i];
+    __syncthreads();
+    const int64_t mine = column0 + threadIdx.x;
+    if (threadIdx.x < kTileColumns && mine < p.other_columns) {
+      float sum = 0.0f;
+      for (int i = 0; i < kRowStep; ++i) sum += column_sums[i * kTileColumns + threadIdx.x];
+      p.sums[row0 / kTileRows * p.other_columns + mine] = sum;
+    }
+  }
+}
+
+// Bytes (T n each): kMask reads x, writes y; kResidual reads x and residual, writes the sum (and normed, re-reading the
+// sum); kGradient reads grad_y and, for column_dot, x, writes grad_x. l1 or l0 comes from L2 once per 64 rows, 0.4 MB
+// at n = 2048, r = 104. Operations: 2 T n r. Floor at T = n = 2048 on an H100: 5.0, 7.5 (10 with normed), 7.5 us.
+// Shared memory 72 KB (three stages of 24 KB), three blocks per SM on sm_90, two on sm_80, one on sm_120.
+// Grid: row blocks; y: column blocks, or 1 for blocks that own whole rows. A kResidual block that owns its rows
+// normalises them while they are in L2; otherwise the launcher follows with normalise.
+template <typename T, Epilogue kEpilogue>
+__global__ void __launch_bounds__(kThreads, 2) expand(Expand<T> p) {
+  PYPRUNE_SHARED_MEMORY(shared);
+  constexpr Right kRight = kEpilogue == Epilogue::kGradient ? Right::kDepthByColumns : Right::kColumnsByDepth;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kTileRows;
+  const int64_t column_blocks = ceil_divide(p.columns, kTileColumns);
+  for (int64_t column_block = blockIdx.y; column_block < column_blocks; column_block += gridDim.y) {
+    const Tile tile = multiply_tile<T, kRight, kExpandStages>(shared, p.left, row0, p.right,
+                                                              column_block * kTileColumns, 0, p.left.columns, p.aligned);
+    expand_epilogue<T, kEpilogue>(p, tile, reinterpret_cast<float*>(shared + Tile::kBytes), row0, column_block);
+    __syncthreads();  // The tile is read before the next one's stages overwrite it; the squares are written.
+  }
+  if constexpr (kEpilogue == Epilogue::kResidual) {
+    if (gridDim.y == 1) normalise_rows(p.norm, row0, kTileRows, 0, p.columns);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The rest of backward
+// ---------------------------------------------------------------------------------------------------------------------
+
+// out = scale[:, None] * matrix. Bytes: 2 n r.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) scale_rows(Matrix<T> matrix, const float* scale, T* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < matrix.rows * matrix.columns) out[i] = from_float<T>(scale[i / matrix.columns] * to_float(matrix.data[i]));
+}
+
+// out[c] = sum of parts[:, c], fp32, in a fixed order. Bytes: 4 rows columns. Grid: blocks of 32 columns.
+__global__ void __launch_bounds__(kThreads) sum_rows(Matrix<float> parts, float* out) {
+  PYPRUNE_SHARED_MEMORY(shared);
+  float* sums = reinterpret_cast<float*>(shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane;
+  float sum = 0.0f;
+  if (column < parts.columns) {
+    for (int64_t row = warp; row < parts.rows; row += kWarps) sum += parts.data[row * parts.columns + column];
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp != 0 || column >= parts.columns) return;
+  sum = 0.0f;
+  for (int i = 0; i < kWarps; ++i) sum += sums[i * 32 + lane];
+  out[column] = sum;
+}
+
+template <typename T>
+struct RmsBackward {
+  const T *grad_output, *grad_normed, *input, *weight;  // grad_output is that of `input` itself.
+  const float* rstd;
+  T* grad_input;
+  float* weight_sums;  // [row blocks, n]
+  int64_t tokens, columns;
+  int rows_per_block;
+  bool aligned;
+};
+
+// Bytes: reads grad_residual_out, grad_normed and residual_out, writes grad_residual: 4 T n, the floor, 10 us for
+// T = n = 2048 on an H100. A block's rows are read twice, the second time from L2 (8 rows x 2 x 4 KB): first one warp
+// per row for the mean of a * q, then one thread per 16 bytes of columns down the rows, which makes the column sums of
+// grad_weight private to a thread. Partial sums cost 4 n bytes per block, at most an eighth of a pass.
+// Shared memory: one float per row. Grid: row blocks.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) rms_backward(RmsBackward<T> p) {
+  PYPRUNE_SHARED_MEMORY(shared);
+  float* means = reinterpret_cast<float*>(shared);
+  const int lane = threadIdx.x % 32;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * p.rows_per_block;
+  const int rows = clip(row0, p.tokens, p.rows_per_block);
+  float grad[kVector<T>], input[kVector<T>], weight[kVector<T>];
+
+  for (int row = threadIdx.x / 32; row < rows; row += kWarps) {
+    const int64_t start = (row0 + row) * p.columns;
+    float sum = 0.0f;
+    for (int64_t column = lane * kVector<T>; column < p.columns; column += 32 * kVector<T>) {
+      const int valid = clip(column, p.columns, kVector<T>);
+      load_vector<true>(grad, p.grad_normed + start + column, valid, p.aligned);
+      load_vector<true>(input, p.input + start + column, valid, p.aligned);
+      load_vector<true>(weight, p.weight + column, valid, p.aligned);
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) sum += weight[i] * grad[i] * input[i];
+    }
+    sum = sum_lanes(sum);
+    if (lane == 0) means[row] = sum * p.rstd[row0 + row] / p.columns;
+  }
+  __syncthreads();
+
+  for (int64_t column = threadIdx.x * kVector<T>; column < p.columns; column += kThreads * kVector<T>) {
+    const int valid = clip(column, p.columns, kVector<T>);
+    float sums[kVector<T>] = {}, out[kVector<T>];
+    load_vector<true>(weight, p.weight + column, valid, p.aligned);
+    for (int row = 0; row < rows; ++row) {
+      const int64_t at = (row0 + row) * p.columns + column;
+      const float rstd = p.rstd[row0 + row];
+      load_vector<true>(grad, p.grad_normed + at, valid, p.aligned);
+      load_vector<true>(input, p.input + at, valid, p.aligned);
+      load_vector<true>(out, p.grad_output + at, valid, p.aligned);
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) {
+        const float normal = input[i] * rstd;
+        out[i] += rstd * (weight[i] * grad[i] - normal * means[row]);
+        sums[i] += grad[i] * normal;
+      }
+      store_vector(p.grad_input + at, out, valid, p.aligned);
+    }
+    for (int i = 0; i < valid; ++i) p.weight_sums[blockIdx.x * p.columns + column + i] = sums[i];
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Host side: plans, scratch, launches
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Gives out pieces of the caller's scratch; from a null base it only counts.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<unsigned char*>(base)) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += ceil_divide(count * static_cast<int64_t>(sizeof(T)), kAlignment) * kAlignment;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  static constexpr int64_t kAlignment = 256;
+  unsigned char* base_;
+  int64_t used_ = 0;
+};
+
+// How a projection to [tokens, rank] over `depth` is cut: into as many blocks as there are SMs, if it is long enough.
+struct ProjectPlan {
+  int64_t row_blocks, column_blocks, steps_per_split, splits;
+
+  ProjectPlan(int64_t tokens, int64_t depth, int64_t rank, int64_t stage_depth, int processors)
+      : row_blocks(ceil_divide(tokens, kTileRows)), column_blocks(ceil_divide(rank, kTileColumns)) {
+    const int64_t steps = depth > 0 ? ceil_divide(depth, stage_depth) : 1;
+    const int64_t blocks = row_blocks * column_blocks;
+    const int64_t wanted = blocks > 0 && blocks < processors ? processors / blocks : 1;
+    steps_per_split = ceil_divide(steps, wanted < steps ? wanted : steps);
+    splits = ceil_divide(steps, steps_per_split);
+  }
+  int64_t v_sum_rows(int64_t tokens) const { return splits > 1 ? ceil_divide(tokens, kFinishRows) : row_blocks; }
+};
+
+int64_t rms_rows_per_block(int64_t tokens, int processors) {
+  const int64_t rows = ceil_divide(tokens, 2 * processors);
+  return rows < kWarps ? kWarps : rows > kMaxRowsPerBlock ? kMaxRowsPerBlock : rows;
+}
+
+template <typename T>
+struct ForwardScratch {
+  ProjectPlan plan;
+  T* scaled;
+  float *sums, *squares;
+
+  ForwardScratch(Workspace& space, const HsmShape& s, int processors)
+      : plan(s.tokens, s.hidden, s.rank, kDepth<T>, processors),
+        scaled(space.take<T>(s.tokens * s.rank)),
+        sums(space.take<float>(plan.splits > 1 ? plan.splits * s.tokens * s.rank : 0)),
+        squares(space.take<float>(s.tokens * ceil_divide(s.outputs, kTileColumns))) {}
+};
+
+template <typename T>
+struct BackwardScratch {
+  ProjectPlan plan;
+  T* masked;
+  float *sums, *v_sums, *column_sums;
+
+  BackwardScratch(Workspace& space, const HsmShape& s, int processors)
+      : plan(s.tokens, s.outputs, s.rank, kDepth<T>, processors),
+        masked(space.take<T>(s.outputs * s.rank)),
+        sums(space.take<float>(plan.splits > 1 ? plan.splits * s.tokens * s.rank : 0)),
+        v_sums(space.take<float>(plan.v_sum_rows(s.tokens) * s.rank)),
+        column_sums(space.take<float>(ceil_divide(s.tokens, kTileRows) * s.outputs)) {}
+};
+
+struct RmsScratch {
+  int64_t rows_per_block, row_blocks;
+  float* weight_sums;
+
+  RmsScratch(Workspace& space, const HsmShape& s, int processors)
+      : rows_per_block(rms_rows_per_block(s.tokens, processors)),
+        row_blocks(ceil_divide(s.tokens, rows_per_block)),
+        weight_sums(space.take<float>(row_blocks * s.outputs)) {}
+};
+
+// Whether rows of every given length are whole 16-byte pieces and every pointer starts one.
+template <typename T>
+bool all_aligned(std::initializer_list<int64_t> lengths, std::initializer_list<const void*> pointers) {
+  for (const int64_t length : lengths) {
+    if (length % kVector<T> != 0) return false;
+  }
+  for (const void* pointer : pointers) {
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
+  }
+  return true;
+}
+
+unsigned blocks(int64_t count) { return static_cast<unsigned>(count); }
+
+template <typename T, bool kBackward>
+cudaError_t run_project(const Project<T>& project_arguments, const ProjectPlan& plan, cudaStream_t stream) {
+  Project<T> p = project_arguments;
+  p.steps_per_split = plan.steps_per_split;
+  const dim3 grid(blocks(plan.row_blocks * plan.column_blocks), blocks(plan.splits));
+  constexpr size_t kSharedBytes = kProjectStages * kStageBytes;
+  if (plan.splits == 1) return launch(project<T, kBackward, false>, grid, kThreads, kSharedBytes, stream, p);
+  const cudaError_t error = launch(project<T, kBackward, true>, grid, kThreads, kSharedBytes, stream, p);
+  if (error != cudaSuccess) return error;
+  const dim3 finish(blocks(ceil_divide(p.left.rows, kFinishRows)), blocks(plan.column_blocks));
+  return launch(project_finish<T, kBackward>, finish, kThreads, kThreads * sizeof(float), stream, p,
+                static_cast<int>(plan.splits));
+}
+
+template <typename T, Epilogue kEpilogue>
+cudaError_t run_expand(const Expand<T>& p, int64_t column_grid, cudaStream_t stream) {
+  const dim3 grid(blocks(ceil_divide(p.left.rows, kTileRows)), blocks(column_grid));
+  return launch(expand<T, kEpilogue>, grid, kThreads, kExpandStages * kStageBytes, stream, p);
+}
+
+cudaError_t run_sum_rows(const float* parts, int64_t rows, int64_t columns, float* out, cudaStream_t stream) {
+  return launch(sum_rows, dim3(blocks(ceil_divide(columns, 32))), kThreads, kThreads * sizeof(float), stream,
+                Matrix<float>{parts, rows, columns}, out);
+}
+
+cudaError_t count_processors(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
+// Checks the shape, then calls body(element type's zero, processors).
+template <typename Body>
+int with_type(const HsmShape& s, int dtype, Body body) {
+  if (s.tokens < 0 || s.rank < 0 || s.outputs < 0 || s.outputs > s.hidden) return cudaErrorInvalidValue;
+  int processors = 0;
+  const cudaError_t error = count_processors(&processors);
+  if (error != cudaSuccess) return error;
+  switch (dtype) {
+    case kFloat32: return body(float{}, processors);
+    case kBFloat16: return body(__nv_bfloat16{}, processors);
+    case kFloat16: return body(__half{}, processors);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+int hsm_workspace(HsmShape s, int dtype, int64_t* bytes) {
+  return with_type(s, dtype, [&](auto zero, int processors) -> int {
+    using T = decltype(zero);
+    Workspace forward(nullptr), backward(nullptr), rms(nullptr);
+    ForwardScratch<T>(forward, s, processors);
+    BackwardScratch<T>(backward, s, processors);
+    RmsScratch(rms, s, processors);
+    *bytes = std::max({forward.used(), backward.used(), rms.used()});
+    return cudaSuccess;
+  });
+}
+
+namespace {
+
+template <typename T>
+Project<T> forward_projection(const HsmShape& s, const ForwardScratch<T>& scratch, const T* x, const T* l0,
+                              const float* v, T* h) {
+  Project<T> p{};
+  p.left = {x, s.tokens, s.hidden};
+  p.right = {l0, s.rank, s.hidden};
+  p.rank = s.rank;
+  p.v = v;
+  p.plain = h;
+  p.scaled = scratch.scaled;
+  p.sums = scratch.sums;
+  p.aligned = all_aligned<T>({s.hidden}, {x, l0});
+  return p;
+}
+
+template <typename T>
+Expand<T> forward_expansion(const HsmShape& s, const ForwardScratch<T>& scratch, const T* x, const T* l1,
+                            const float* mask, const T* residual, T* out) {
+  Expand<T> p{};
+  p.left = {scratch.scaled, s.tokens, s.rank};
+  p.right = {l1, s.outputs, s.rank};
+  p.columns = p.other_columns = s.outputs;
+  p.x_columns = s.hidden;
+  p.x = x;
+  p.mask = mask;
+  p.other = residual;
+  p.out = out;
+  p.sums = scratch.squares;
+  p.aligned = all_aligned<T>({s.hidden, s.rank, s.outputs}, {x, l1, scratch.scaled, residual, out});
+  return p;
+}
+
+}  // namespace
+
+int hsm_forward(HsmShape s, int dtype, const void* x, const void* l0, const float* v, const void* l1,
+                const float* mask, void* y, void* h, void* workspace, void* stream) {
+  return with_type(s, dtype, [&](auto zero, int processors) -> int {
+    using T = decltype(zero);
+    const auto queue = static_cast<cudaStream_t>(stream);
+    const auto* input = static_cast<const T*>(x);
+    Workspace space(workspace);
+    const ForwardScratch<T> scratch(space, s, processors);
+    const Project<T> narrow =
+        forward_projection(s, scratch, input, static_cast<const T*>(l0), v, static_cast<T*>(h));
+    const cudaError_t error = run_project<T, false>(narrow, scratch.plan, queue);
+    if (error != cudaSuccess) return error;
+    const Expand<T> wide = forward_expansion(s, scratch, input, static_cast<const T*>(l1), mask,
+                                             static_cast<const T*>(nullptr), static_cast<T*>(y));
+    return run_expand<T, Epilogue::kMask>(wide, ceil_divide(s.outputs, kTileColumns), queue);
+  });
+}
+
+int hsm_residual_rmsnorm_forward(HsmShape s, int dtype, float eps, const void* x, const void* l0, const float* v,
+                                 const void* l1, const float* mask, const void* residual, const void* weight,
+                                 void* residual_out, void* normed, void* h, float* rstd, void* workspace,
+                                 void* stream) {
+  return with_type(s, dtype, [&](auto zero, int processors) -> int {
+    using T = decltype(zero);
+    const auto queue = static_cast<cudaStream_t>(stream);
+    const auto* input = static_cast<const T*>(x);
+    auto* sum = static_cast<T*>(residual_out);
+    Workspace space(workspace);
+    const ForwardScratch<T> scratch(space, s, processors);
+    const Project<T> narrow =
+        forward_projection(s, scratch, input, static_cast<const T*>(l0), v, static_cast<T*>(h));
+    cudaError_t error = run_project<T, false>(narrow, scratch.plan, queue);
+    if (error != cudaSuccess) return error;
+
+    Expand<T> wide = forward_expansion(s, scratch, input, static_cast<const T*>(l1), mask,
+                                       static_cast<const T*>(residual), sum);
+    Normalise<T>& norm = wide.norm;
+    norm = {sum, scratch.squares, static_cast<const T*>(weight), static_cast<T*>(normed), rstd, s.tokens, s.outputs,
+            eps, all_aligned<T>({s.outputs}, {sum, weight, normed})};
+    // Two blocks per SM keep it busy; with fewer, rows are cut too and normalised by a second kernel.
+    const bool owns_rows = ceil_divide(s.tokens, kTileRows) >= 2 * processors;
+    error = run_expand<T, Epilogue::kResidual>(wide, owns_rows ? 1 : ceil_divide(s.outputs, kTileColumns), queue);
+    if (error != cudaSuccess || owns_rows) return error;
+    const dim3 grid(blocks(ceil_divide(s.tokens, kWarps)), blocks(ceil_divide(s.outputs, kNormaliseColumns)));
+    return launch(normalise<T>, grid, kThreads, 0, queue, norm);
+  });
+}
+
+int hsm_backward(HsmShape s, int dtype, const void* grad_y, const void* x, const void* h, const void* l0,
+                 const float* v, const void* l1, const float* mask, void* grad_x, void* grad_p, float* grad_v,
+                 float* column_dot, void* workspace, void* stream) {
+  return with_type(s, dtype, [&](auto zero, int processors) -> int {
+    using T = decltype(zero);
+    const auto queue = static_cast<cudaStream_t>(stream);
+    const auto* grad = static_cast<const T*>(grad_y);
+    Workspace space(workspace);
+    const BackwardScratch<T> scratch(space, s, processors);
+    cudaError_t error = launch(scale_rows<T>, dim3(blocks(ceil_divide(s.outputs * s.rank, kThreads))), kThreads, 0, queue,
+                               Matrix<T>{static_cast<const T*>(l1), s.outputs, s.rank}, mask, scratch.masked);
+    if (error != cudaSuccess) return error;
+
+    Project<T> narrow{};
+    narrow.left = {grad, s.tokens, s.outputs};
+    narrow.right = {scratch.masked, s.outputs, s.rank};
+    narrow.rank = s.rank;
+    narrow.v = v;
+    narrow.h = static_cast<const T*>(h);
+    narrow.scaled = static_cast<T*>(grad_p);
+    narrow.sums = scratch.sums;
+    narrow.v_sums = scratch.v_sums;
+    narrow.aligned = all_aligned<T>({s.outputs, s.rank}, {grad, scratch.masked});
+    error = run_project<T, true>(narrow, scratch.plan, queue);
+    if (error != cudaSuccess) return error;
+    error = run_sum_rows(scratch.v_sums, scratch.plan.v_sum_rows(s.tokens), s.rank, grad_v, queue);
+    if (error != cudaSuccess) return error;
+
+    Expand<T> wide{};
+    wide.left = {narrow.scaled, s.tokens, s.rank};
+    wide.right = {static_cast<const T*>(l0), s.rank, s.hidden};
+    wide.columns = wide.x_columns = s.hidden;
+    wide.other_columns = s.outputs;
+    wide.x = static_cast<const T*>(x);
+    wide.mask = mask;
+    wide.other = grad;
+    wide.out = static_cast<T*>(grad_x);
+    wide.sums = column_dot != nullptr ? scratch.column_sums : nullptr;
+    wide.aligned = all_aligned<T>({s.hidden, s.rank, s.outputs}, {x, l0, grad, grad_x, grad_p});
+    error = run_expand<T, Epilogue::kGradient>(wide, ceil_divide(s.hidden, kTileColumns), queue);
+    if (error != cudaSuccess || column_dot == nullptr) return error;
+    return run_sum_rows(scratch.column_sums, ceil_divide(s.tokens, kTileRows), s.outputs, column_dot, queue);
+  });
+}
+
+int rmsnorm_backward(HsmShape s, int dtype, const void* grad_residual_out, const void* grad_normed,
+                     const void* residual_out, const float* rstd, const void* weight, void* grad_residual,
+                     float* grad_weight, void* workspace, void* stream) {
+  return with_type(s, dtype, [&](auto zero, int processors) -> int {
+    using T = decltype(zero);
+    const auto queue = static_cast<cudaStream_t>(stream);
+    Workspace space(workspace);
+    const RmsScratch scratch(space, s, processors);
+    RmsBackward<T> p{};
+    p.grad_output = static_cast<const T*>(grad_residual_out);
+    p.grad_normed = static_cast<const T*>(grad_normed);
+    p.input = static_cast<const T*>(residual_out);
+    p.weight = static_cast<const T*>(weight);
+    p.rstd = rstd;
+    p.grad_input = static_cast<T*>(grad_residual);
+    p.weight_sums = scratch.weight_sums;
+    p.tokens = s.tokens;
+    p.columns = s.outputs;
+    p.rows_per_block = static_cast<int>(scratch.rows_per_block);
+    p.aligned = all_aligned<T>({s.outputs}, {grad_residual_out, grad_normed, residual_out, weight, grad_residual});
+    const cudaError_t error = launch(rms_backward<T>, dim3(blocks(scratch.row_blocks)), kThreads,
+                                     kMaxRowsPerBlock * sizeof(float), queue, p);
+    if (error != cudaSuccess) return error;
+    return run_sum_rows(scratch.weight_sums, scratch.row_blocks, s.outputs, grad_weight, queue);
+  });
+}
+
+const char* error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+}  // namespace pyprune
