@@ -52,6 +52,19 @@ def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
         raise ModelError(f"model {path}: its tokenizer cannot be read: {_first_line(error)}") from error
 
 
+def open_skeleton(path: str | Path, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a checkpoint without its weights (on the meta device), to check names and shapes in no time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_model(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {path}: its config.json cannot be used: {_first_line(error)}") from error
+
+
 def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
     """The model of a checkpoint, on the GPU if there is one. dtype: "auto" (that of the checkpoint) or torch's name."""
     from transformers import AutoModelForCausalLM

@@ -18,7 +18,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,10 @@ import torch
 from torch import nn
 
 from pyprune import evaluation, surgery
-from pyprune.data import Corpus, TokenStream, encode
+from pyprune.architectures import describe
+from pyprune.data import Corpus, DataError, TokenStream, encode
 from pyprune.methods import Method, like, option
-from pyprune.models import open_model, open_tokenizer
+from pyprune.models import open_model, open_skeleton, open_tokenizer
 from pyprune.training import Tuned, latest_checkpoint, tune, write_atomically
 
 log = logging.getLogger("pyprune")
@@ -78,11 +79,7 @@ def open_run(folder: str | Path, config: dict[str, Any], resume: bool) -> Iterat
     with another configuration (the first key that differs is named), or is in use by another process.
     """
     folder = Path(folder)
-    config = json.loads(json.dumps(config))
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"--out {folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        _check_resumable(folder, config, resume)
+    check_folder(folder, config, resume)
     for sub in ("stages", "checkpoints"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
     with _locked(folder / ".lock"):
@@ -104,21 +101,25 @@ def open_run(folder: str | Path, config: dict[str, Any], resume: bool) -> Iterat
             handler.close()
 
 
-def _check_resumable(folder: Path, config: dict[str, Any], resume: bool) -> None:
+def check_folder(folder: Path, config: dict[str, Any], resume: bool) -> None:
+    """Raises RunError when a run of this configuration cannot begin or go on in `folder`; changes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"--out {folder} is a file; name a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
     if not resume:
         raise RunError(f"--out {folder} is not empty; continue it with --resume, or name another folder")
     path = folder / "config.json"
-    left = {entry.name for entry in folder.iterdir()} - {"stages", "checkpoints", ".lock", ".config.json.partial"}
     if not path.exists():
-        if left:
+        if {entry.name for entry in folder.iterdir()} - {"stages", "checkpoints", ".lock", ".config.json.partial"}:
             raise RunError(f"--out {folder} is not a run folder (no config.json), so it cannot be resumed")
         return  # killed before the configuration was written
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for key in sorted(before.keys() | config.keys()):
-        if before.get(key) != config.get(key):
+    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
             raise RunError(
-                f"--resume: {key} was {before.get(key)!r} and is now {config.get(key)!r}; resume {folder} with the "
-                "same options, or name another folder"
+                f"--resume: {key} was {before.get(key)!r} and is now {now.get(key)!r}; resume {folder} with the same "
+                "options, or name another folder"
             )
 
 
@@ -200,55 +201,64 @@ class Recipe:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("window", "eval_window"):
-            if getattr(self, name) < 2:
+        for name in ("window", "eval_window", "eval_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 2:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 2")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected a positive number")
 
 
 class Experiment:
-    """A method and its baselines on one dense model, corpus and recipe: stage by stage to a summary."""
+    """A method and its baselines on one dense model, corpus and recipe. Building one reads and checks everything that
+    is cheap to check and writes nothing; calling it works through the stages of a run."""
 
     def __init__(
         self,
-        run: Run,
         dense: str | Path,
         corpus: Corpus,
         recipe: Recipe,
         name: str,
         method: Method,
-        baselines: tuple[str, ...],
+        baselines: Sequence[str] = (),
+        *,
         trust_remote_code: bool = False,
         progress: bool = False,
     ) -> None:
-        self.run, self.dense, self.corpus, self.recipe = run, dense, corpus, recipe
-        self.name, self.method, self.progress = name, method, progress
-        self.baselines = tuple(baseline for baseline in baselines if baseline != name)
-        self.trust_remote_code = trust_remote_code
+        self.dense, self.corpus, self.recipe, self.name, self.method = dense, corpus, recipe, name, method
+        self.baselines = [baseline for baseline in baselines if baseline != name]
+        self.trust_remote_code, self.progress = trust_remote_code, progress
+        check_method(method, open_skeleton(dense, trust_remote_code))
         self.tokenizer = open_tokenizer(dense, trust_remote_code)
         train = encode(corpus.train, self.tokenizer)
+        self.train_tokens = len(train)
         self.windows = train.windows(recipe.window)
-        same = corpus.calibration is corpus.train
-        calibration = self.windows if same else encode(corpus.calibration, self.tokenizer).windows(recipe.window)
-        chosen = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(recipe.seed))
-        self.calibration = calibration.ids[chosen[: recipe.calibration_windows]].split(recipe.batch_size)
+        if len(self.windows) < recipe.batch_size:
+            raise DataError(f"{len(self.windows)} training windows are fewer than batch_size={recipe.batch_size}")
+        self.calibration = self._calibration()
         held_out = encode(corpus.held_out, self.tokenizer)
         end = recipe.eval_tokens or len(held_out)
         self.held_out = TokenStream(held_out.ids[:end], held_out.labels[:end], held_out.bos)
-        self.train_tokens = len(train)
 
-    def __call__(self) -> dict[str, Any]:
-        """Runs what is not done yet and writes summary.json."""
-        dense = self.run.stage("dense", self._measure_dense)
-        baselines = {name: self.run.stage(name, partial(self._baseline, name)) for name in self.baselines}
-        trained = self.run.stage(self.name, self._train)
-        pruned = self.run.stage("reload", self._measure_pruned)
-        speed = self.run.stage("speed", self._speed)
-        records = [dense, *baselines.values(), trained, pruned, speed]
+    def _calibration(self) -> tuple[torch.Tensor, ...]:
+        """A few windows drawn by the seed, in batches [B, window]."""
+        windows = self.windows
+        if self.corpus.calibration is not self.corpus.train:
+            windows = encode(self.corpus.calibration, self.tokenizer).windows(self.recipe.window)
+        chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.recipe.seed))
+        return windows.ids[chosen[: self.recipe.calibration_windows]].split(self.recipe.batch_size)
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """Does what is not done yet, writes summary.json and returns it."""
+        self.run = run
+        dense = run.stage("dense", self._measure_dense)
+        baselines = {name: run.stage(name, partial(self._baseline, name)) for name in self.baselines}
+        trained = run.stage(self.name, self._train)
+        pruned = run.stage("reload", self._measure_pruned)
+        speed = run.stage("speed", self._speed)
         summary = self._summary(dense, baselines, trained, pruned, speed)
+        records = [dense, *baselines.values(), trained, pruned, speed]
         summary["seconds_total"] = round(sum(map(_seconds, records)), 1)
-        write_json(self.run.folder / "summary.json", summary)
+        write_json(run.folder / "summary.json", summary)
         return summary
 
     # ---- stages
@@ -379,6 +389,14 @@ class Experiment:
         }
 
 
+def check_method(method: Method, skeleton: nn.Module) -> None:
+    """Raises what the method has against a model of these shapes (ValueError), before anything is read or written."""
+    describe(skeleton)
+    check = getattr(method, "check", None)
+    if check is not None:
+        check(skeleton)
+
+
 def _seconds(record: dict[str, Any]) -> float:
     """A stage's time; one that trained in several processes counts at least all of its steps."""
     return max(record["seconds"], record.get("training", {}).get("seconds", 0.0))
@@ -386,8 +404,6 @@ def _seconds(record: dict[str, Any]) -> float:
 
 def _shape(model: nn.Module) -> dict[str, Any]:
     """Sizes counted from the tensors, not from a setting."""
-    from pyprune.architectures import describe
-
     decoder, counts = describe(model), surgery.parameter_counts(model)
     return {
         "params": counts["total"],

@@ -287,6 +287,9 @@ class _StopOnSignal(TrainerCallback):
 # ------------------------------------------------------------------------------------------------------------- the loop
 
 
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
 @dataclass(frozen=True)
 class Tuned:
     """What `tune` did: optimiser steps, tokens read (padding does not occur) and seconds, over all interruptions."""
@@ -352,8 +355,7 @@ def tune(
             "remove_unused_columns": False,
             "report_to": "none",
             "disable_tqdm": True,
-            "gradient_checkpointing": gradient_checkpointing,
-            **({"gradient_checkpointing_kwargs": {"use_reentrant": False}} if gradient_checkpointing else {}),
+            **(CHECKPOINTING if gradient_checkpointing else {}),
             **arguments,
         }
     )
