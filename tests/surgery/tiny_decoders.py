@@ -38,12 +38,11 @@ def tiny(family: str, tied: bool = False, dtype: torch.dtype = torch.float64, se
     """A random model of a family in eval mode, with random biases and norm gains."""
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[family](**(COMMON | SPECIAL[family]), tie_word_embeddings=tied)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    model = model.to(dtype)
     if dtype == torch.float64:
         compute_norms_in_fp64(model)
     return model
