@@ -126,20 +126,23 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk, int row_bytes) {
 template <typename T, int kRows, int kRowBytes>
 __device__ __forceinline__ void load_tile(unsigned char* shared, const Matrix<T>& matrix, int64_t row0, int64_t column0,
                                           bool aligned) {
-  constexpr int kChunks = kRowBytes / 16;
-  static_assert(kRows * kChunks % kThreads == 0, "every thread copies as many chunks");
+  constexpr int kChunks = kRowBytes / 16, kStep = kThreads / kChunks;
+  static_assert(kRows % kStep == 0 && kStep % 8 == 0, "a thread's rows share one column and one swizzle");
+  const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  const int64_t column = column0 + chunk * kVector<T>, rows_left = matrix.rows - row0 - row;
+  const int valid_columns = clip(column, matrix.columns, kVector<T>);
+  const T* source = matrix.data + (row0 + row) * matrix.columns + column;
+  unsigned char* target = shared + chunk_offset(row, chunk, kRowBytes);
 #pragma unroll
-  for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    const int64_t column = column0 + chunk * kVector<T>;
-    const int valid = row0 + row < matrix.rows ? clip(column, matrix.columns, kVector<T>) : 0;
-    const T* source = matrix.data + (row0 + row) * matrix.columns + column;
-    unsigned char* target = shared + chunk_offset(row, chunk, kRowBytes);
+  for (int i = 0; i < kRows; i += kStep) {
+    const int valid = i < rows_left ? valid_columns : 0;
     if (aligned) {
-      ptx::cp_async_16(target, valid ? source : matrix.data, valid ? 16 : 0);
+      ptx::cp_async_16(target + i * kRowBytes, valid ? source + i * matrix.columns : matrix.data, valid ? 16 : 0);
     } else {
-      T* elements = reinterpret_cast<T*>(target);
-      for (int e = 0; e < kVector<T>; ++e) elements[e] = e < valid ? source[e] : from_float<T>(0.0f);
+      T* elements = reinterpret_cast<T*>(target + i * kRowBytes);
+      for (int e = 0; e < kVector<T>; ++e) {
+        elements[e] = e < valid ? source[i * matrix.columns + e] : from_float<T>(0.0f);
+      }
     }
   }
 }
@@ -455,7 +458,7 @@ __device__ __forceinline__ void expand_epilogue(const Expand<T>& p, const Tile& 
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) mask[i] = i < other_valid ? p.mask[column + i] : 0.0f;
 
-#pragma unroll 4
+#pragma unroll 2
   for (int row = threadIdx.x / kLanes; row < kTileRows; row += kRowStep) {
     const int64_t token = row0 + row;
     const bool inside = token < tokens;
@@ -506,7 +509,7 @@ __device__ __forceinline__ void expand_epilogue(const Expand<T>& p, const Tile& 
 // Grid: row blocks; y: column blocks, or 1 for blocks that own whole rows. A kResidual block that owns its rows
 // normalises them while they are in L2; otherwise the launcher follows with normalise.
 template <typename T, Epilogue kEpilogue>
-__global__ void __launch_bounds__(kThreads, 2) expand(Expand<T> p) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2) expand(Expand<T> p) {
   PYPRUNE_SHARED_MEMORY(shared);
   constexpr Right kRight = kEpilogue == Epilogue::kGradient ? Right::kDepthByColumns : Right::kColumnsByDepth;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kTileRows;
