@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_decoders import FAMILY_NAMES, KEEP, logits, masked, relative_error, tiny, token_ids
 
