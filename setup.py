@@ -1,7 +1,7 @@
-"""Builds pyprune._C: CPU kernels always, CUDA kernels when an nvcc is found. Needs a C++17 compiler, ninja and pybind11, no torch.
+"""Builds pyprune._C: CPU kernels always, CUDA kernels when an nvcc is found. Needs a C++17 compiler, no torch.
 
 PYPRUNE_CUDA        auto (default: CUDA when nvcc is found), 1 (CUDA or an error), 0 (CPU only)
-PYPRUNE_CUDA_ARCHS  architectures, e.g. "80;90a" (default: those of DEFAULT_ARCHS that nvcc knows); the newest also as PTX
+PYPRUNE_CUDA_ARCHS  architectures, e.g. "80;90a", the newest also as PTX (default: those of DEFAULT_ARCHS nvcc knows)
 CXX, CUDA_HOME      the compiler and the toolkit, when the ones on PATH are not wanted
 """
 
@@ -26,7 +26,16 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("csrc")
 DEFAULT_ARCHS = ("80", "90a", "100", "120")
-CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra")
+CXX_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+)
 NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v,-warn-spills")
 ISA_FLAGS = {"generic": ()}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -89,9 +98,8 @@ class Cuda:
 def find_nvcc() -> str | None:
     """nvcc of CUDA_HOME or CUDA_PATH, else the one on PATH."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if home := os.environ.get(variable):
-            if found := shutil.which("nvcc", path=str(Path(home) / "bin")):
-                return found
+        if (home := os.environ.get(variable)) and (found := shutil.which("nvcc", path=str(Path(home) / "bin"))):
+            return found
     return shutil.which("nvcc")
 
 

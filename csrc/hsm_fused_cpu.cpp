@@ -15,33 +15,66 @@
 namespace pyprune {
 namespace {
 
-struct bfloat16 {
-  uint16_t bits;
-};
-using float16 = _Float16;
+// Stored as integers, converted with integer arithmetic: gcc vectorises the loops below at every instruction set, which
+// it does not for _Float16 or structs. Signed, because AVX2 compares only signed integers.
+enum class bfloat16 : uint16_t {};
+enum class float16 : uint16_t {};
+
+inline int32_t bits_of(float value) {
+  int32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float float_of(int32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+constexpr int32_t kMagnitude = 0x7fffffff;  // all bits but the sign
+constexpr int32_t kInfinity = 0x7f800000;   // anything above is NaN
 
 inline float to_float(float value) { return value; }
-inline float to_float(float16 value) { return static_cast<float>(value); }
-inline float to_float(bfloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  memcpy(&result, &bits, sizeof result);
-  return result;
+inline float to_float(bfloat16 value) { return float_of(static_cast<int32_t>(value) << 16); }
+
+// The half's exponent and fraction, read as an fp32, are 2^112 too small; infinity and NaN need the full exponent.
+inline float to_float(float16 value) {
+  const int32_t half = static_cast<int32_t>(value);
+  const int32_t magnitude = (half & 0x7fff) << 13;
+  const int32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);
+  const int32_t bits = magnitude >= 0x0f800000 ? magnitude | kInfinity : scaled;
+  return float_of(bits | (half & 0x8000) << 16);
 }
 
+// Round to nearest, ties to even; NaN stays NaN.
 template <typename T>
-inline T from_float(float value) {
-  return static_cast<T>(value);
+inline T from_float(float value);
+
+template <>
+inline float from_float<float>(float value) {
+  return value;
 }
 
-// Round to nearest, ties to even. NaN is kept apart because the rounding carry would turn some NaNs into infinities.
 template <>
 inline bfloat16 from_float<bfloat16>(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  return {static_cast<uint16_t>(is_nan ? 0x7fc0 : rounded)};
+  const int32_t bits = bits_of(value);
+  const int32_t magnitude = bits & kMagnitude;
+  const int32_t rounded = (magnitude + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const int32_t result = magnitude > kInfinity ? 0x7fc0 : rounded;
+  return static_cast<bfloat16>(result | (bits >> 16 & 0x8000));
+}
+
+template <>
+inline float16 from_float<float16>(float value) {
+  const int32_t magnitude = bits_of(value) & kMagnitude;
+  const int32_t normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // The last place of 0.5 in fp32 is the last place of a subnormal half, so this addition rounds to it.
+  const int32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const int32_t finite = magnitude < bits_of(0x1p-14f) ? subnormal : normal;
+  const int32_t overflow = magnitude > kInfinity ? 0x7e00 : 0x7c00;
+  const int32_t result = magnitude >= bits_of(65520.0f) ? overflow : finite;
+  return static_cast<float16>(result | (bits_of(value) >> 16 & 0x8000));
 }
 
 // Rows of block `block` when `rows` rows are dealt to `blocks` blocks as evenly as possible.
@@ -98,13 +131,14 @@ void mask_add_rmsnorm(int64_t rows, int64_t columns, float eps, const void* x_, 
     const T* residual = static_cast<const T*>(residual_) + i * columns;
     T* residual_out = static_cast<T*>(residual_out_) + i * columns;
     T* normed = static_cast<T*>(normed_) + i * columns;
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) {
+      residual_out[j] = from_float<T>(to_float(residual[j]) + (mask[j] * to_float(x[j]) + to_float(z[j])));
+    }
+    // A loop of its own, because the rounded row counts and gcc does not vectorise rounding and summing together.
     float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
-    for (int64_t j = 0; j < columns; ++j) {
-      const T rounded = from_float<T>(to_float(residual[j]) + (mask[j] * to_float(x[j]) + to_float(z[j])));
-      residual_out[j] = rounded;
-      squares += to_float(rounded) * to_float(rounded);
-    }
+    for (int64_t j = 0; j < columns; ++j) squares += to_float(residual_out[j]) * to_float(residual_out[j]);
     const float scale = 1.0f / sqrtf(squares / static_cast<float>(columns) + eps);
     rstd[i] = scale;
 #pragma omp simd

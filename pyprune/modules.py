@@ -11,8 +11,8 @@ from pyprune import ops
 class HSM(nn.Module):
     """Hybrid sparsification module: y = mask * (D x), D = L1 diag(v) L0 + I (PAT, arXiv 2408.14721, eq. 4-6).
 
-    L0 and L1 start orthonormal and v at zero, so D = I exactly; `identity_loss` keeps them orthonormal while v takes the
-    scale. Parameters are fp32 whatever the model's dtype.
+    L0 and L1 start orthonormal and v at zero, so D = I exactly; `identity_loss` keeps them orthonormal while v takes
+    the scale. Parameters are fp32 whatever the model's dtype.
 
     Attributes:
         l0: [r, d], v: [r], l1: [d, r].
@@ -78,7 +78,8 @@ class HSM(nn.Module):
             kept: indices of the channels to keep, in the order wanted.
 
         Returns:
-            The order [d]: new channel i is old channel order[i]. Optimiser state of l0 (columns) and l1 (rows) follows it.
+            The order [d]: new channel i is old channel order[i]. Optimiser state of l0 (columns) and l1 (rows) needs
+            the same reordering.
 
         Raises:
             ValueError: no index, a repeated one, one outside 0 ... d - 1, or the module is compact already.
@@ -86,7 +87,7 @@ class HSM(nn.Module):
         if self.outputs != self.hidden_size:
             raise ValueError(f"HSM.keep: already compact, {self.outputs} of {self.hidden_size} channels are written")
         kept = kept.to(self.l0.device, torch.long)
-        valid = kept.dim() == 1 and len(kept) > 0 and 0 <= int(kept.min()) and int(kept.max()) < self.hidden_size
+        valid = kept.dim() == 1 and len(kept) > 0 and int(kept.min()) >= 0 and int(kept.max()) < self.hidden_size
         if not valid or len(kept.unique()) != len(kept):
             raise ValueError(
                 f"HSM.keep: kept is {kept.tolist()}, expected distinct indices in 0 ... {self.hidden_size - 1}"

@@ -1,10 +1,10 @@
 """The functional API: ops with gradients, fake kernels and `torch.compile` support.
 
-Each op is one schema registered with the torch dispatcher, whatever was compiled. When it runs, it checks its arguments,
-makes them contiguous, and hands them to the best implementation for their device and dtype: the compiled CPU or CUDA
-kernels, or `pyprune.reference`. Gradients are `torch.autograd.Function`s around the ops.
+Each op is one schema registered with the torch dispatcher, whatever was compiled. When it runs, it checks its
+arguments, makes them contiguous, and hands them to the best implementation for their device and dtype: the compiled CPU
+or CUDA kernels, or `pyprune.reference`. Gradients are `torch.autograd.Function`s around the ops.
 
-Notation: T tokens, d hidden size, r rank, n <= d outputs. The public functions accept [..., d] and flatten it to [T, d].
+Notation: T tokens, d hidden size, r rank, n <= d outputs. The public functions take [..., d] and flatten it to [T, d].
 """
 
 from __future__ import annotations
@@ -127,10 +127,16 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[Implementation, st
     if dtype == torch.float64:
         return _REFERENCE, "fp64 is the reference's"
     if device.type == "cpu":
-        return (_CPU, "compiled") if _CPU else (_REFERENCE, f"no compiled module: {_native.why_missing}")
+        return _choose_cpu()
     if device.type == "cuda":
         return _choose_cuda(device.index if device.index is not None else torch.cuda.current_device())
     return _REFERENCE, f"no kernels for {device.type} devices"
+
+
+def _choose_cpu() -> tuple[Implementation, str]:
+    if _CPU is None:
+        return _REFERENCE, f"no compiled module: {_native.why_missing}"
+    return _CPU, "compiled"
 
 
 @cache

@@ -14,7 +14,7 @@ description = "plain torch"
 
 
 def hsm(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """y = mask * (x[:, :n] + (h * v) l1^T) with h = x l0^T; returns y [T,n], h [T,r]. PAT, arXiv 2408.14721, eq. 4-6."""
+    """y = mask * (x[:, :n] + (h * v) l1^T) with h = x l0^T; returns y [T,n], h [T,r]."""
     h = x @ l0.T
     z = (h * v.to(x.dtype)) @ l1.T
     return mask.to(x.dtype) * (x[:, : len(mask)] + z), h
