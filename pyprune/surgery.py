@@ -183,9 +183,10 @@ class CompactDora(DoraLinearLayer):
         wide = torch.promote_types(a.dtype, torch.float32)
         a = a[:, dropped].to(wide)
         w = weight_of(layer).detach()[:, dropped].to(wide)
-        self.register_buffer("dropped_square", w.square().sum(1))
-        self.register_buffer("dropped_cross", w @ a.T)
-        self.register_buffer("dropped_gram", a @ a.T)
+        constants = {"dropped_square": w.square().sum(1), "dropped_cross": w @ a.T, "dropped_gram": a @ a.T}
+        before = dict(dora.named_buffers())  # of an earlier cut
+        for name, value in constants.items():
+            self.register_buffer(name, value + before.get(name, 0))
 
     def get_weight_norm(self, weight: Any, lora_weight: Any, scaling: Any, adapter_name: str | None = None) -> Any:
         """Row norms [out] as if the dropped columns were still there (PEFT's signature)."""

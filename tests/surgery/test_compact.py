@@ -173,17 +173,20 @@ def test_compact_and_masked_training_end_in_the_same_stock_model(variant: tuple[
 
 
 def test_dora_norms_count_the_dropped_columns() -> None:
-    """DoRA's row norms go over all columns: those of the cut layer equal the whole layer's after B has moved."""
-    whole, cut = Training("llama", False, True, True), Training("llama", False, True, True)
-    cut.compact()
+    """DoRA's row norms go over all columns: once and twice cut layers have those of the whole one after B has moved."""
+    whole, cut, twice = (Training("llama", False, True, True) for _ in range(3))
+    compact(cut.model, KEEP[:12])
+    compact(twice.model, KEEP)
+    compact(twice.model, range(12))
     norms = []
-    for training in (whole, cut):
+    for training in (whole, cut, twice):
         layer = training.decoder.blocks[0].reads[0].linears[0]
         layer.lora_B["default"].weight.data += 0.5
         dora = layer.lora_magnitude_vector["default"]
         delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         norms.append(dora.get_weight_norm(weight_of(layer), delta.detach(), layer.scaling["default"]).detach())
     assert relative_error(norms[1], norms[0]) < 1e-12
+    assert relative_error(norms[2], norms[0]) < 1e-12
 
 
 def test_compacting_without_wide_writers_equals_slicing() -> None:
