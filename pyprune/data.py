@@ -174,7 +174,10 @@ def split_held_out(documents: list[Document], fraction: float = 0.1) -> tuple[li
         held.add(digest)
         wanted -= len(document.text)
     if len(held) == len(set(digests)):
-        raise DataError(f"{len(held)} distinct document(s) cannot be split into training and held-out text; give more")
+        raise DataError(
+            f"{len(held)} distinct document(s) cannot be split into training and held-out text; give more text, or a "
+            "held-out file of its own"
+        )
     train = [document for document, digest in zip(documents, digests, strict=True) if digest not in held]
     return train, [document for document, digest in zip(documents, digests, strict=True) if digest in held]
 

@@ -152,9 +152,12 @@ def write_json(path: Path, value: Any) -> None:
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file, so that a resumed run notices other data under the same name."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"data file {path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 

@@ -35,7 +35,7 @@ from pyprune.data import TokenWindows
 
 @dataclass(frozen=True)
 class Schedule:
-    """A value that goes from `start` to `end` between the steps `begin` and `milestone`, and is exactly `end` from then.
+    """A value that goes from `start` to `end` between the steps `begin` and `milestone` and is exactly `end` then.
 
     cubic: end + (start - end) (1 - x)^3, fast at first and slow at the end (Zhu & Gupta, 2017, arXiv 1710.01878,
     eq. 1); linear: start + (end - start) x; constant: `end` at once. x is the share of the ramp that is over.
