@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-TILE_BYTES = 512 * 1024
-"""Size of a tile of the second product per thread: half of a common second-level cache."""
+TILE_BYTES = 2 * 1024 * 1024
+"""A tile of the second product per thread: small enough for the caches, large enough to keep the product efficient."""
 PARTIAL_SUMS = 64
 """Partial rows of a column sum: enough for 64 threads, and independent of their number, so sums are reproducible."""
 

@@ -51,8 +51,11 @@ _library.define(
 class Implementation(Protocol):
     """Something that computes the ops on checked, contiguous, two-dimensional tensors; see `pyprune.reference`."""
 
-    name: str
-    description: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def description(self) -> str: ...
 
     def hsm(self, x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Tensor, ...]: ...
 
