@@ -10,7 +10,7 @@ Notation: T tokens, d hidden size, r rank, n <= d outputs. The public functions 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any, Protocol, cast
@@ -198,8 +198,8 @@ def _check_hsm_backward(grad_y: Tensor, x: Tensor, h: Tensor, l0: Tensor, v: Ten
     op = "hsm_backward"
     _check(op, x, l0, v, l1, mask)
     _expect_like(op, x, x.dtype, grad_y=grad_y, h=h)
-    _expect_shape(op, "grad_y", grad_y, len(x), len(l1))
-    _expect_shape(op, "h", h, len(x), len(l0))
+    _expect_shape(op, "grad_y", grad_y, x.shape[0], l1.shape[0])
+    _expect_shape(op, "h", h, x.shape[0], l0.shape[0])
 
 
 def _check_hsm_residual_rmsnorm(
@@ -208,8 +208,8 @@ def _check_hsm_residual_rmsnorm(
     op = "hsm_residual_rmsnorm"
     _check(op, x, l0, v, l1, mask)
     _expect_like(op, x, x.dtype, residual=residual, weight=weight)
-    _expect_shape(op, "residual", residual, len(x), len(l1))
-    _expect_shape(op, "weight", weight, len(l1))
+    _expect_shape(op, "residual", residual, x.shape[0], l1.shape[0])
+    _expect_shape(op, "weight", weight, l1.shape[0])
 
 
 def _check_hsm_residual_rmsnorm_backward(
@@ -231,10 +231,10 @@ def _check_hsm_residual_rmsnorm_backward(
     _expect_like(op, x, x.dtype, **rows, h=h, weight=weight)
     _expect_like(op, x, _statistics_dtype(x.dtype), rstd=rstd)
     for name, tensor in rows.items():
-        _expect_shape(op, name, tensor, len(x), len(l1))
-    _expect_shape(op, "h", h, len(x), len(l0))
-    _expect_shape(op, "rstd", rstd, len(x))
-    _expect_shape(op, "weight", weight, len(l1))
+        _expect_shape(op, name, tensor, x.shape[0], l1.shape[0])
+    _expect_shape(op, "h", h, x.shape[0], l0.shape[0])
+    _expect_shape(op, "rstd", rstd, x.shape[0])
+    _expect_shape(op, "weight", weight, l1.shape[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,13 +242,12 @@ def _check_hsm_residual_rmsnorm_backward(
 
 
 def _run(op: str, x: Tensor, tensors: tuple[Tensor, ...], *options: Any) -> tuple[Tensor, ...]:
-    """Runs `op` on the implementation for x, in the dtypes given: autocast ends at the op's boundary."""
+    """Runs `op` on the implementation for x. Autograd and autocast end here; the Functions below do the gradients."""
     implementation, _ = choose(x.device, x.dtype)
-    contiguous = [tensor.contiguous() for tensor in tensors]
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return getattr(implementation, op)(*contiguous, *options)
-    return getattr(implementation, op)(*contiguous, *options)
+    device = x.device.type
+    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with torch.no_grad(), autocast:
+        return getattr(implementation, op)(*(tensor.contiguous() for tensor in tensors), *options)
 
 
 def _hsm(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
@@ -258,7 +257,7 @@ def _hsm(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Te
 
 def _hsm_fake(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     _check("hsm", x, l0, v, l1, mask)
-    return x.new_empty(len(x), len(l1)), x.new_empty(len(x), len(l0))
+    return x.new_empty(x.shape[0], l1.shape[0]), x.new_empty(x.shape[0], l0.shape[0])
 
 
 def _hsm_backward(
@@ -309,8 +308,8 @@ def _hsm_residual_rmsnorm_fake(
     x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, ...]:
     _check_hsm_residual_rmsnorm(x, l0, v, l1, mask, residual, weight)
-    rows = (len(x), len(l1))
-    return x.new_empty(rows), x.new_empty(rows), x.new_empty(len(x), len(l0)), v.new_empty(len(x))
+    rows = (x.shape[0], l1.shape[0])
+    return x.new_empty(rows), x.new_empty(rows), x.new_empty(x.shape[0], l0.shape[0]), v.new_empty(x.shape[0])
 
 
 def _hsm_residual_rmsnorm_backward(
@@ -431,7 +430,7 @@ def hsm(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> Tensor:
         TypeError, ValueError: an argument's dtype, device or shape is not the above.
     """
     y, _ = _Hsm.apply(x.reshape(-1, x.shape[-1]), l0, v, l1, mask)
-    return y.view(*x.shape[:-1], len(l1))
+    return y.view(*x.shape[:-1], l1.shape[0])
 
 
 def hsm_residual_rmsnorm(
@@ -452,7 +451,7 @@ def hsm_residual_rmsnorm(
     Raises:
         TypeError, ValueError: an argument's dtype, device or shape is not the above.
     """
-    shape = (*x.shape[:-1], len(l1))
+    shape = (*x.shape[:-1], l1.shape[0])
     if tuple(residual.shape) != shape:
         raise ValueError(f"hsm_residual_rmsnorm: residual has shape {list(residual.shape)}, expected {list(shape)}")
     residual_out, normed, _, _ = _HsmResidualRmsNorm.apply(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-WORDS = "the river runs past an old stone mill where two sisters kept bees and sold honey to travellers".split()
+SENTENCE = "the river runs past an old stone mill where two sisters kept bees and sold honey to travellers"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -23,6 +23,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Every test draws the same numbers, alone or in the whole suite."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +50,10 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def prose() -> str:
     """12,000 characters of words in paragraphs, no two alike."""
+    words = SENTENCE.split()
     generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(WORDS), (2200,), generator=generator).tolist()
-    paragraphs = [" ".join(WORDS[i] for i in picks[start : start + 100]) for start in range(0, len(picks), 100)]
+    picks = torch.randint(len(words), (2200,), generator=generator).tolist()
+    paragraphs = [" ".join(words[i] for i in picks[start : start + 100]) for start in range(0, len(picks), 100)]
     return "\n\n".join(paragraphs)
 
 
