@@ -101,7 +101,11 @@ def test_text_keeps_every_paragraph_in_order(tmp_path: Path, prose: str) -> None
         ("a.jsonl", b'["a"]\n', "line 1: expected an object .* found list"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: text must be strings"),
         ("a.jsonl", b'{"messages": "hello"}\n', 'line 1: "messages" must be a list'),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', 'line 1: no message has the role "assistant"'),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "a"}]}\n',
+            'line 1: no message has the role "assistant"',
+        ),
         ("a.parquet", b"not parquet", "a.parquet cannot be read as parquet"),
     ],
 )
@@ -117,7 +121,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_messages_need_a_chat_template(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 1: .* chat template"):
+    with pytest.raises(DataError, match=r"line 1: .* chat template"):
         read_documents(jsonl(tmp_path / "a.jsonl", {"messages": CHAT}))
 
 
@@ -185,7 +189,7 @@ def test_windows_are_the_stream_cut_up(length: int, window: int, bos: int | None
             expected.append(([] if bos is None else [bos]) + [100 + i for i in chunk])
     stream = TokenStream(ids, labels, bos)
     if not expected:
-        with pytest.raises(DataError, match="fewer than one window|carries loss"):
+        with pytest.raises(DataError, match=r"fewer than one window|carries loss"):
             stream.windows(window)
         return
     windows = stream.windows(window)

@@ -1,0 +1,262 @@
+"""A run that is stopped anywhere continues to the same weights, bit for bit, as one that was never stopped."""
+
+from __future__ import annotations
+
+import errno
+import math
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from trial import STEPS, At, model_of, train, train_in_process
+
+from pyprune.training import (
+    DivergedError,
+    InterruptedTraining,
+    Schedule,
+    checkpoints,
+    latest_checkpoint,
+    load_state,
+    read_metrics,
+    save_state,
+    step_of,
+    write_atomically,
+)
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["pyprune.training", "pyprune.methods.lora"])  # a second, not ten, a process
+
+
+def die(folder: Path, dtype: str, kill: tuple[str, int]) -> None:
+    process = processes.Process(target=train_in_process, args=(str(folder), dtype, kill))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl")]
+
+
+# ---- killed
+
+# A save writes 7 files (adapter, optimizer, scheduler, generators, arguments, trained tensors, marker) and a resumed
+# process first rewrites the metrics, so these fall into the first save, later saves, their markers and between them.
+KILLS = {
+    "float32": [
+        ("step", 2),
+        ("file", 1),
+        ("file", 6),
+        ("step", 5),
+        ("file", 9),
+        ("step", 8),
+        ("file", 16),
+        ("step", 13),
+    ],
+    "bfloat16": [("file", 2), ("file", 8), ("step", 7), ("file", 5), ("step", 12)],
+}
+
+
+@pytest.mark.parametrize("dtype", KILLS)
+def test_killed_again_and_again(tmp_path: Path, dtype: str) -> None:
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    for folder in (unbroken, broken):
+        folder.mkdir()
+    expected = train(unbroken, getattr(torch, dtype))
+    for kill in KILLS[dtype]:
+        die(broken, dtype, kill)
+    assert_same(train(broken, getattr(torch, dtype)), expected)
+    assert losses(broken) == losses(unbroken)
+    assert [step for step, _ in losses(broken)] == list(range(1, STEPS + 1))
+    assert [step_of(path) for path in checkpoints(broken / "checkpoints")] == [12, 13]
+    assert_same(train(broken, getattr(torch, dtype)), expected)  # resumed behind its last step
+
+
+def test_training_changes_the_weights_and_dropout_matters(tmp_path: Path) -> None:
+    """What the comparisons above rest on: another seed or fewer steps give other weights."""
+    results = [train(tmp_path / str(i), **options) for i, options in enumerate(({}, {"seed": 1}, {"steps": STEPS - 1}))]
+    for other in results[1:]:
+        assert any(not torch.equal(other[name], results[0][name]) for name in other)
+
+
+# ---- asked to stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_and_stops(tmp_path: Path, number: int) -> None:
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    expected = train(tmp_path / "unbroken")
+    with pytest.raises(InterruptedTraining, match=f"stopped at step 4 of {STEPS}"):
+        train(tmp_path / "broken", callbacks=[At(4, number)])
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert step_of(latest_checkpoint(tmp_path / "broken" / "checkpoints")) == 4
+    assert_same(train(tmp_path / "broken"), expected)
+
+
+# ---- not finite
+
+
+class Poison(TrainerCallback):
+    """Makes a value not finite from a step on: a weight (then the loss is) or one gradient (then its norm is)."""
+
+    def __init__(self, step: int, what: str, value: float) -> None:
+        self.step, self.what, self.value = step, what, value
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            parameter = [p for p in kwargs["model"].parameters() if p.requires_grad][-1]
+            if self.what == "loss":
+                parameter.data.fill_(self.value)
+            else:
+                parameter.register_hook(lambda gradient: torch.full_like(gradient, self.value))
+
+
+@pytest.mark.parametrize(("what", "value"), [("loss", math.nan), ("grad_norm", math.inf)])
+@pytest.mark.parametrize("step", [6, 8])  # 6 is a step that would be saved
+def test_a_value_that_is_not_finite_stops_the_run(tmp_path: Path, what: str, value: float, step: int) -> None:
+    expected = train(tmp_path / "unbroken")
+    kept = {6: 3, 8: 6}[step]
+    with pytest.raises(DivergedError, match=rf"{what} is (nan|inf) at step {step} of {STEPS}.*checkpoint-{kept};"):
+        train(tmp_path / "broken", callbacks=[Poison(step, what, value)])
+    assert_same(train(tmp_path / "broken"), expected)
+
+
+# ---- a full disk
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = train(tmp_path / "unbroken")
+    save, calls = torch.save, 0
+
+    def full(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 6:  # inside the second checkpoint
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(value, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"the disk filled .*checkpoint-3 is complete, free space and") as error:
+            train(tmp_path / "broken")
+    assert error.value.errno == errno.ENOSPC
+    assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["checkpoint-3"]
+    assert_same(train(tmp_path / "broken"), expected)
+
+
+# ---- checkpoints
+
+
+def test_a_checkpoint_with_a_file_cut_short_is_not_used(tmp_path: Path) -> None:
+    expected = train(tmp_path)
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    optimizer = newest / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    assert step_of(latest_checkpoint(tmp_path / "checkpoints")) == 12
+    assert_same(train(tmp_path), expected)
+
+
+def test_a_state_of_another_model_changes_nothing(tmp_path: Path) -> None:
+    model, other = model_of(torch.float32), torch.nn.Linear(2, 2)
+    save_state(other, tmp_path)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"differ in .* trained tensors, the first is base_model"):
+        load_state(model, tmp_path)
+    wider = torch.nn.Linear(2, 3)
+    with pytest.raises(ValueError, match=r"weight is \[2, 2\], the model's \[3, 2\]"):
+        load_state(wider, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_state_holds_what_is_trained_and_buffers_once(tmp_path: Path) -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trained = torch.nn.Parameter(torch.arange(3.0))
+            self.frozen = torch.nn.Parameter(torch.arange(3.0), requires_grad=False)
+            self.register_buffer("kept", torch.arange(2))
+            self.register_buffer("derived", torch.arange(2), persistent=False)
+            self.alias = self.trained
+
+    layer = Layer()
+    save_state(layer, tmp_path)
+    with torch.no_grad():
+        layer.trained += 1
+        layer.frozen += 1
+        layer.get_buffer("kept").add_(1)
+    load_state(layer, tmp_path)
+    assert layer.trained.tolist() == [0, 1, 2]
+    assert layer.get_buffer("kept").tolist() == [0, 1]
+    assert layer.frozen.tolist() == [1, 2, 3]
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record.json"
+    write_atomically(path, "old")
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+# ---- metrics
+
+
+class Figures(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["logs"]["soft_count"] = 100 - state.global_step
+
+
+def test_metrics_hold_what_a_method_adds(tmp_path: Path) -> None:
+    train(tmp_path, callbacks=[Figures()], stage="pat")
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["soft_count"] for line in lines] == [100 - step for step in range(1, STEPS + 1)]
+    assert lines[-1]["tokens"] == STEPS * 2 * 2 * 12
+    assert {"stage", "step", "loss", "grad_norm", "learning_rate", "tokens", "seconds"} <= lines[0].keys()
+    assert lines[0]["stage"] == "pat"
+
+
+def test_a_metrics_line_cut_short_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+# ---- schedules
+
+
+def test_schedules_end_exactly() -> None:
+    cubic = Schedule(576, 432, 40, begin=8)
+    assert [cubic(step) for step in (0, 7, 8)] == [576, 576, 576]
+    assert cubic(24) == 432 + 144 / 8  # half-way: an eighth is left
+    assert all(cubic(step) > cubic(step + 1) for step in range(8, 40))
+    assert {cubic(step) for step in (40, 41, 1000)} == {432}
+    linear = Schedule(0.1, 0.7, 3, shape="linear")
+    assert linear(1) == pytest.approx(0.3)
+    assert linear(3) == 0.7
+    assert [Schedule(1.0, 0.3, 5, begin=2, shape="constant")(step) for step in (1, 2, 9)] == [1.0, 0.3, 0.3]
+    assert Schedule(1.0, 0.3, 0)(0) == 0.3
+
+
+@pytest.mark.parametrize(
+    "options", [{"milestone": -1}, {"milestone": 3, "begin": 4}, {"milestone": 3, "shape": "cosine"}]
+)
+def test_a_schedule_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        Schedule(0.0, 1.0, **options)
