@@ -11,12 +11,11 @@
 //   rmsnorm_backward:      one kernel over rows
 //
 // Sums over rows or over d are split over blocks and finished by a second kernel in a fixed order: no atomics.
-#include "hsm_fused.h"
-
 #include <algorithm>
 #include <cstddef>
 #include <initializer_list>
 
+#include "hsm_fused.h"
 #include "launch.h"
 #include "ptx.cuh"
 
@@ -25,14 +24,14 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kTileRows = 64;       // Of a block's output tile.
-constexpr int kTileColumns = 128;   // Of a block's output tile: 8 warps, 2 x 4, of 32 x 32 each.
+constexpr int kTileRows = 64;        // Of a block's output tile.
+constexpr int kTileColumns = 128;    // Of a block's output tile: 8 warps, 2 x 4, of 32 x 32 each.
 constexpr int kStageRowBytes = 128;  // Depth of one pipeline stage: 64 16-bit or 32 fp32 elements.
 constexpr int kLeftBytes = kTileRows * kStageRowBytes;
 constexpr int kStageBytes = kLeftBytes + kTileColumns * kStageRowBytes;
 constexpr int kProjectStages = 4;
 constexpr int kExpandStages = 3;
-constexpr int kFinishRows = 16;       // Rows per block of project_finish.
+constexpr int kFinishRows = 16;  // Rows per block of project_finish.
 constexpr int kNormaliseColumns = 2048;
 constexpr int kMaxRowsPerBlock = 64;  // Of rms_backward.
 
@@ -152,7 +151,8 @@ using Accumulator = float[2][4][4];
 
 // Adds one stage on tensor cores: per k = 16, four ldmatrix and eight mma.
 template <typename T, Right kRight>
-__device__ __forceinline__ void multiply_stage(Accumulator& sum, const unsigned char* left, const unsigned char* right) {
+__device__ __forceinline__ void multiply_stage(Accumulator& sum, const unsigned char* left,
+                                               const unsigned char* right) {
   constexpr int kRightRowBytes = kRight == Right::kColumnsByDepth ? kStageRowBytes : kTileColumns * sizeof(T);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row0 = warp / 4 * 32, column0 = warp % 4 * 32;
@@ -290,11 +290,11 @@ struct Project {
   int64_t rank;
   int64_t steps_per_split;  // Pipeline stages of one split.
   const float* v;
-  const T* h;       // Backward's input.
-  T* plain;         // Forward: h. Backward: not written.
-  T* scaled;        // Forward: h * v. Backward: u * v.
-  float* sums;      // Splits: partial products [splits, T, r].
-  float* v_sums;    // Backward: partial grad_v [row blocks, r].
+  const T* h;     // Backward's input.
+  T* plain;       // Forward: h. Backward: not written.
+  T* scaled;      // Forward: h * v. Backward: u * v.
+  float* sums;    // Splits: partial products [splits, T, r].
+  float* v_sums;  // Backward: partial grad_v [row blocks, r].
   bool aligned;
 };
 
@@ -432,15 +432,15 @@ enum class Epilogue {
 template <typename T>
 struct Expand {
   Matrix<T> left, right;
-  int64_t columns;      // Of out.
+  int64_t columns;  // Of out.
   int64_t other_columns;
   int64_t x_columns;
   const T* x;
   const float* mask;
-  const T* other;       // residual or grad_y
+  const T* other;  // residual or grad_y
   T* out;
-  float* sums;          // kResidual: squares [T, column blocks]. kGradient: [row blocks, n], or null.
-  Normalise<T> norm;    // kResidual, used when one block owns whole rows.
+  float* sums;        // kResidual: squares [T, column blocks]. kGradient: [row blocks, n], or null.
+  Normalise<T> norm;  // kResidual, used when one block owns whole rows.
   bool aligned;
 };
 
@@ -484,7 +484,8 @@ __device__ __forceinline__ void expand_epilogue(const Expand<T>& p, const Tile& 
     store_vector(p.out + token * p.columns + column, out, inside ? valid : 0, p.aligned);
     if constexpr (kEpilogue == Epilogue::kResidual) {
       square = sum_lanes(square, kLanes);
-      if (inside && threadIdx.x % kLanes == 0) p.sums[token * ceil_divide(p.columns, kTileColumns) + column_block] = square;
+      if (inside && threadIdx.x % kLanes == 0)
+        p.sums[token * ceil_divide(p.columns, kTileColumns) + column_block] = square;
     }
   }
 
@@ -515,8 +516,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2) expand(Expan
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kTileRows;
   const int64_t column_blocks = ceil_divide(p.columns, kTileColumns);
   for (int64_t column_block = blockIdx.y; column_block < column_blocks; column_block += gridDim.y) {
-    const Tile tile = multiply_tile<T, kRight, kExpandStages>(shared, p.left, row0, p.right,
-                                                              column_block * kTileColumns, 0, p.left.columns, p.aligned);
+    const Tile tile = multiply_tile<T, kRight, kExpandStages>(
+        shared, p.left, row0, p.right, column_block * kTileColumns, 0, p.left.columns, p.aligned);
     expand_epilogue<T, kEpilogue>(p, tile, reinterpret_cast<float*>(shared + Tile::kBytes), row0, column_block);
     __syncthreads();  // The tile is read before the next one's stages overwrite it; the squares are written.
   }
@@ -807,16 +808,15 @@ Expand<T> forward_expansion(const HsmShape& s, const ForwardScratch<T>& scratch,
 
 }  // namespace
 
-int hsm_forward(HsmShape s, int dtype, const void* x, const void* l0, const float* v, const void* l1,
-                const float* mask, void* y, void* h, void* workspace, void* stream) {
+int hsm_forward(HsmShape s, int dtype, const void* x, const void* l0, const float* v, const void* l1, const float* mask,
+                void* y, void* h, void* workspace, void* stream) {
   return with_type(s, dtype, [&](auto zero, int processors) -> int {
     using T = decltype(zero);
     const auto queue = static_cast<cudaStream_t>(stream);
     const auto* input = static_cast<const T*>(x);
     Workspace space(workspace);
     const ForwardScratch<T> scratch(space, s, processors);
-    const Project<T> narrow =
-        forward_projection(s, scratch, input, static_cast<const T*>(l0), v, static_cast<T*>(h));
+    const Project<T> narrow = forward_projection(s, scratch, input, static_cast<const T*>(l0), v, static_cast<T*>(h));
     const cudaError_t error = run_project<T, false>(narrow, scratch.plan, queue);
     if (error != cudaSuccess) return error;
     const Expand<T> wide = forward_expansion(s, scratch, input, static_cast<const T*>(l1), mask,
@@ -836,16 +836,22 @@ int hsm_residual_rmsnorm_forward(HsmShape s, int dtype, float eps, const void* x
     auto* sum = static_cast<T*>(residual_out);
     Workspace space(workspace);
     const ForwardScratch<T> scratch(space, s, processors);
-    const Project<T> narrow =
-        forward_projection(s, scratch, input, static_cast<const T*>(l0), v, static_cast<T*>(h));
+    const Project<T> narrow = forward_projection(s, scratch, input, static_cast<const T*>(l0), v, static_cast<T*>(h));
     cudaError_t error = run_project<T, false>(narrow, scratch.plan, queue);
     if (error != cudaSuccess) return error;
 
-    Expand<T> wide = forward_expansion(s, scratch, input, static_cast<const T*>(l1), mask,
-                                       static_cast<const T*>(residual), sum);
+    Expand<T> wide =
+        forward_expansion(s, scratch, input, static_cast<const T*>(l1), mask, static_cast<const T*>(residual), sum);
     Normalise<T>& norm = wide.norm;
-    norm = {sum, scratch.squares, static_cast<const T*>(weight), static_cast<T*>(normed), rstd, s.tokens, s.outputs,
-            eps, all_aligned<T>({s.outputs}, {sum, weight, normed})};
+    norm = {sum,
+            scratch.squares,
+            static_cast<const T*>(weight),
+            static_cast<T*>(normed),
+            rstd,
+            s.tokens,
+            s.outputs,
+            eps,
+            all_aligned<T>({s.outputs}, {sum, weight, normed})};
     // Two blocks per SM keep it busy; with fewer, rows are cut too and normalised by a second kernel.
     const bool owns_rows = ceil_divide(s.tokens, kTileRows) >= 2 * processors;
     error = run_expand<T, Epilogue::kResidual>(wide, owns_rows ? 1 : ceil_divide(s.outputs, kTileColumns), queue);
@@ -864,8 +870,8 @@ int hsm_backward(HsmShape s, int dtype, const void* grad_y, const void* x, const
     const auto* grad = static_cast<const T*>(grad_y);
     Workspace space(workspace);
     const BackwardScratch<T> scratch(space, s, processors);
-    cudaError_t error = launch(scale_rows<T>, dim3(blocks(ceil_divide(s.outputs * s.rank, kThreads))), kThreads, 0, queue,
-                               Matrix<T>{static_cast<const T*>(l1), s.outputs, s.rank}, mask, scratch.masked);
+    cudaError_t error = launch(scale_rows<T>, dim3(blocks(ceil_divide(s.outputs * s.rank, kThreads))), kThreads, 0,
+                               queue, Matrix<T>{static_cast<const T*>(l1), s.outputs, s.rank}, mask, scratch.masked);
     if (error != cudaSuccess) return error;
 
     Project<T> narrow{};
@@ -920,8 +926,8 @@ int rmsnorm_backward(HsmShape s, int dtype, const void* grad_residual_out, const
     p.columns = s.outputs;
     p.rows_per_block = static_cast<int>(scratch.rows_per_block);
     p.aligned = all_aligned<T>({s.outputs}, {grad_residual_out, grad_normed, residual_out, weight, grad_residual});
-    const cudaError_t error = launch(rms_backward<T>, dim3(blocks(scratch.row_blocks)), kThreads,
-                                     kMaxRowsPerBlock * sizeof(float), queue, p);
+    const cudaError_t error =
+        launch(rms_backward<T>, dim3(blocks(scratch.row_blocks)), kThreads, kMaxRowsPerBlock * sizeof(float), queue, p);
     if (error != cudaSuccess) return error;
     return run_sum_rows(scratch.weight_sums, scratch.row_blocks, s.outputs, grad_weight, queue);
   });

@@ -40,8 +40,7 @@ int hsm_forward(HsmShape shape, int dtype, const void* x, const void* l0, const 
 // The mean square is that of residual_out as stored (rounded to dtype), so rstd agrees with what backward reads.
 int hsm_residual_rmsnorm_forward(HsmShape shape, int dtype, float eps, const void* x, const void* l0, const float* v,
                                  const void* l1, const float* mask, const void* residual, const void* weight,
-                                 void* residual_out, void* normed, void* h, float* rstd, void* workspace,
-                                 void* stream);
+                                 void* residual_out, void* normed, void* h, float* rstd, void* workspace, void* stream);
 
 // The part of hsm's backward that is not a weight gradient. With u = (grad_y * mask) l1:
 //   grad_x [T,d] typed    = [grad_y * mask, 0] + (u * v) l0

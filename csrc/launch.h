@@ -18,8 +18,8 @@ namespace pyprune {
 // Runs `kernel` on one-dimensional blocks of `threads` with `shared_bytes` of dynamic shared memory.
 // An empty grid has nothing to do and succeeds.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes,
-                   cudaStream_t stream, Arguments... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
 #ifdef PYPRUNE_SIMT
   static_cast<void>(stream);
@@ -27,8 +27,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
 #else
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shared_bytes > kWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config{};

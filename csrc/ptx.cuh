@@ -129,7 +129,9 @@ struct MmaLane {
 
 template <typename T>
 void multiply_fragments(MmaLane (&lanes)[32]) {
-  const auto element = [](uint32_t word, int parity) { return simt::to_float(T{static_cast<uint16_t>(word >> 16 * parity)}); };
+  const auto element = [](uint32_t word, int parity) {
+    return simt::to_float(T{static_cast<uint16_t>(word >> 16 * parity)});
+  };
   float left[16][16], right[16][8];
   for (int l = 0; l < 32; ++l) {
     const int group = l / 4, pair = l % 4 * 2;

@@ -45,7 +45,7 @@ def fragments(dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, T
     lane = torch.arange(32)[:, None]
     group, thread = lane >> 2, lane % 4
     i = torch.arange(8)
-    a_row = torch.where((i < 2) | ((4 <= i) & (i < 6)), group, group + 8)
+    a_row = torch.where((i < 2) | ((i >= 4) & (i < 6)), group, group + 8)
     a_column = thread * 2 + (i & 1) + torch.where(i >= 4, 8, 0)
     i = torch.arange(4)
     b_row = thread * 2 + (i & 1) + torch.where(i >= 2, 8, 0)

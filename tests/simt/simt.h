@@ -132,7 +132,8 @@ struct Fiber {
   std::vector<Copy> copies;
 };
 
-// One meeting of the lanes of a mask. Two sets of slots: a lane may reach the next meeting before another read this one.
+// One meeting of the lanes of a mask. Two sets of slots: a lane may reach the next meeting before another read this
+// one.
 struct Rendezvous {
   const char* name = "";
   int line = 0, generation = 0;
@@ -145,8 +146,7 @@ struct Block {
   std::deque<Fiber> fibers;
   std::vector<std::map<unsigned, Rendezvous>> warps;  // Open and past meetings by mask.
   std::function<void()> kernel;
-  unsigned char* shared = nullptr;
-  size_t shared_bytes = 0;
+  const GuardedMemory* shared = nullptr;
 };
 
 inline Block* block = nullptr;
@@ -155,7 +155,7 @@ inline jmp_buf scheduler;
 inline char failure[512];
 
 inline int lane() { return fiber->index % kWarp; }
-inline unsigned char* shared_memory() { return block->shared; }
+inline unsigned char* shared_memory() { return block->shared->data(); }
 
 inline std::string place(const Fiber& f) {
   const dim3& b = block->index;
@@ -232,7 +232,7 @@ inline void async_copy(void* shared, const void* global, int bytes, int line) {
   require_aligned(shared, 16, "cp.async destination", line);
   require_aligned(global, 16, "cp.async source", line);
   const auto* to = static_cast<unsigned char*>(shared);
-  if (to < block->shared || to + 16 > block->shared + block->shared_bytes)
+  if (to < shared_memory() || to + 16 > shared_memory() + block->shared->bytes())
     fail("cp.async destination is not in shared memory", line);
   if (bytes < 0 || bytes > 16) fail("cp.async of " + std::to_string(bytes) + " bytes", line);
   const Copy copy{shared, global, bytes, fiber->groups};
@@ -247,9 +247,8 @@ inline void async_commit() { ++fiber->groups; }
 inline void async_wait(int newest, int line) {
   if (line == options.skip_line) return;
   auto& copies = fiber->copies;
-  const auto pending = std::stable_partition(copies.begin(), copies.end(), [&](const Copy& copy) {
-    return copy.group >= fiber->groups - newest;
-  });
+  const auto pending = std::stable_partition(copies.begin(), copies.end(),
+                                             [&](const Copy& copy) { return copy.group >= fiber->groups - newest; });
   std::for_each(pending, copies.end(), land);
   copies.erase(pending, copies.end());
 }
@@ -269,13 +268,12 @@ inline void on_fault(int, siginfo_t* info, void*) {
   }
   const auto* address = static_cast<const unsigned char*>(info->si_addr);
   char where[128] = "an address that belongs to no buffer";
-  const auto describe = [&](const char* kind, const unsigned char* data, size_t bytes) {
-    std::snprintf(where, sizeof where, "%s of %zu bytes, at offset %td", kind, bytes, address - data);
+  const auto describe = [&](const char* kind, const GuardedMemory& memory) {
+    if (!memory.near(address)) return;
+    std::snprintf(where, sizeof where, "%s of %zu bytes, at offset %td", kind, memory.bytes(), address - memory.data());
   };
-  for (const auto& [data, memory] : buffers)
-    if (memory->near(address)) describe("a buffer", memory->data(), memory->bytes());
-  const ptrdiff_t shared_offset = address - block->shared;
-  if (std::abs(shared_offset) < (1 << 20)) describe("shared memory", block->shared, block->shared_bytes);
+  for (const auto& [data, memory] : buffers) describe("a buffer", *memory);
+  describe("shared memory", *block->shared);
   std::snprintf(failure, sizeof failure, "simt: out of bounds access: %s: %s", where, place(*fiber).c_str());
   _longjmp(scheduler, 1);
 }
@@ -287,7 +285,7 @@ class FaultHandler {
     stack.ss_sp = stack_.data();
     stack.ss_size = stack_.size();
     sigaltstack(&stack, &previous_stack_);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     sigaction(SIGSEGV, &action, &previous_handler);
@@ -336,7 +334,7 @@ class Scheduler {
 
  private:
   void start() {
-    std::memset(block->shared, 0xFF, block->shared_bytes);
+    std::memset(shared_memory(), 0xFF, block->shared->bytes());
     for (size_t i = 0; i < block->fibers.size(); ++i) {
       Fiber& f = block->fibers[i] = Fiber{};
       f.index = static_cast<int>(i);
@@ -420,8 +418,7 @@ inline cudaError_t launch(dim3 grid, unsigned threads, size_t shared_bytes, std:
   current.fibers.resize(threads);
   current.warps.resize((threads + kWarp - 1) / kWarp);
   current.kernel = std::move(kernel);
-  current.shared = shared.data();
-  current.shared_bytes = shared_bytes;
+  current.shared = &shared;
   failure[0] = '\0';
   for (const size_t i : schedule.sequence(size_t{grid.x} * grid.y * grid.z)) {
     current.index = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
@@ -440,11 +437,14 @@ Value shuffle(unsigned mask, Value value, int source, const char* name, int line
     Value value;
     int source;
   };
-  return exchange(mask, Item{value, source}, name, line, [mask](Item (&items)[kWarp]) {
-           Value out[kWarp];
-           for (int l = 0; l < kWarp; ++l) out[l] = mask >> l & 1 ? items[items[l].source % kWarp].value : Value{};
-           for (int l = 0; l < kWarp; ++l) items[l].value = out[l];
-         }).value;
+  return exchange(mask, Item{value, source}, name, line,
+                  [mask](Item(&items)[kWarp]) {
+                    Value out[kWarp];
+                    for (int l = 0; l < kWarp; ++l)
+                      out[l] = mask >> l & 1 ? items[items[l].source % kWarp].value : Value{};
+                    for (int l = 0; l < kWarp; ++l) items[l].value = out[l];
+                  })
+      .value;
 }
 
 inline unsigned ballot(unsigned mask, bool predicate, int line) {
@@ -492,7 +492,8 @@ inline __half to_half(float value) {
 #define __syncwarp() simt::ballot(simt::kFullMask, true, __LINE__)
 #define __ballot_sync(mask, predicate) simt::ballot(mask, predicate, __LINE__)
 #define __shfl_sync(mask, value, source) simt::shuffle(mask, value, source, "__shfl_sync", __LINE__)
-#define __shfl_xor_sync(mask, value, bits) simt::shuffle(mask, value, simt::lane() ^ (bits), "__shfl_xor_sync", __LINE__)
+#define __shfl_xor_sync(mask, value, bits) \
+  simt::shuffle(mask, value, simt::lane() ^ (bits), "__shfl_xor_sync", __LINE__)
 
 template <typename T>
 T __ldg(const T* pointer) {
