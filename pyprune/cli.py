@@ -199,6 +199,7 @@ def _tune(args: Options) -> dict[str, Any]:
         config[key] = None if path is None else str(path)
         config[f"{key}_sha256"] = None if path is None else runs.file_digest(path)
     runs.check_folder(args.out, config, args.resume)
+    runs.check_method(method, args.model, args.trust_remote_code)
     tokenizer = models.open_tokenizer(args.model, args.trust_remote_code)
     corpus = data.file_corpus(args.data, args.eval_data, tokenizer)
     _log_to_stderr()

@@ -198,7 +198,7 @@ def file_corpus(path: str | Path, held_out: str | Path | None, tokenizer: Any, f
     documents = read_documents(path, tokenizer)
     if held_out is None:
         train, held = split_held_out(documents, fraction)
-        return Corpus(train, train, held, f"{path}, {fraction:.0%} of it held out")
+        return Corpus(train, train, held, f"{path}, {len(held)} of {len(documents)} documents held out")
     held = read_documents(held_out, tokenizer)
     texts = {document.text for document in held}
     train = [document for document in documents if document.text not in texts]

@@ -49,7 +49,7 @@ def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {path}: its tokenizer cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"model {path}: its tokenizer cannot be read: {error}") from error
 
 
 def open_skeleton(path: str | Path, trust_remote_code: bool = False) -> nn.Module:
@@ -62,7 +62,7 @@ def open_skeleton(path: str | Path, trust_remote_code: bool = False) -> nn.Modul
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {path}: its config.json cannot be used: {_first_line(error)}") from error
+        raise ModelError(f"model {path}: its config.json cannot be used: {error}") from error
 
 
 def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
@@ -78,9 +78,5 @@ def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = 
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"model {path} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"model {path} cannot be loaded: {error}") from error
     return nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -230,7 +230,6 @@ class Experiment:
         self.dense, self.corpus, self.recipe, self.name, self.method = dense, corpus, recipe, name, method
         self.baselines = [baseline for baseline in baselines if baseline != name]
         self.trust_remote_code, self.progress = trust_remote_code, progress
-        check_method(method, open_skeleton(dense, trust_remote_code))
         self.tokenizer = open_tokenizer(dense, trust_remote_code)
         train = encode(corpus.train, self.tokenizer)
         self.train_tokens = len(train)
@@ -392,8 +391,10 @@ class Experiment:
         }
 
 
-def check_method(method: Method, skeleton: nn.Module) -> None:
-    """Raises what the method has against a model of these shapes (ValueError), before anything is read or written."""
+def check_method(method: Method, dense: str | Path, trust_remote_code: bool = False) -> None:
+    """Raises ValueError when the family of a model is not known, or with what the method has against its shapes; reads
+    only the model's config."""
+    skeleton = open_skeleton(dense, trust_remote_code)
     describe(skeleton)
     check = getattr(method, "check", None)
     if check is not None:

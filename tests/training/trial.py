@@ -83,7 +83,9 @@ def model_of(dtype: torch.dtype) -> Any:
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).to(dtype)
-    return LoRA(lora_rank=3, lora_alpha=6.0, lora_dropout=0.2).prepare(model)
+    model = LoRA(lora_rank=3, lora_alpha=6.0, lora_dropout=0.2).prepare(model)
+    model.get_base_model().model.norm.weight.requires_grad_(True)  # as a method's own modules: PEFT does not save it
+    return model
 
 
 def windows() -> TokenWindows:
