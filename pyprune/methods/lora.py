@@ -39,7 +39,7 @@ class LoRA:
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.lora_rank,
-            lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides by the rank
+            lora_alpha=self.lora_alpha,  # PEFT only divides it by the rank
             lora_dropout=self.lora_dropout,
             use_dora=self.dora,
             target_modules=list(describe(model).linear_names()),

@@ -1,0 +1,58 @@
+# make        the environment, with everything built        make test   style, types and tests
+# make demo   tune and prune a real model and compare       make bench  speed of the kernels
+# make lint   style and types        make format  put the style right        make clean  remove what make made
+#
+# A fresh machine needs python3 (3.10 or later) and g++; nvcc, if there is one, adds the CUDA kernels.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/demo
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*)
+NATIVE := $(wildcard csrc/* tests/simt/*.h tests/simt/*.cu tests/simt/*.cpp)
+CLANG := $(filter %.h %.cuh %.cu %.cpp,$(NATIVE))
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DELETE_ON_ERROR:
+.PHONY: install venv test demo lint format bench clean
+
+install: $(VENV)/built
+
+venv: $(VENV)/installed
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pyprune needs Python 3.10 or later")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: requirements-dev.txt requirements-demo.txt | $(VENV)/bin/python
+	$(PIP) install -r requirements-dev.txt
+	$(PIP) install --no-deps -r requirements-demo.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed pyproject.toml setup.py $(SOURCES)
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	$(BIN)/pyprune info
+	touch $@
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST)
+
+demo: install
+	$(BIN)/pyprune demo --out $(OUT) --resume
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CLANG)
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CLANG)
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf $(VENV) build *.egg-info pyprune/*.so
