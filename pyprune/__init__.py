@@ -10,6 +10,9 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. Modules load on first use, so that `import pyprune` stays quick.
 _EXPORTS = {
     "HSM": "modules",
+    "LoRA": "methods.lora",
+    "PAT": "methods.pat",
+    "PruneThenTune": "methods.prune_then_tune",
 }
 _MODULES = ("info", "modules", "ops", "reference")
 

@@ -8,13 +8,14 @@ principal axes of what the blocks read puts most of the signal into few channels
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from pyprune.architectures import describe, weight_of
-from pyprune.surgery import fold_left, fold_right, refuse_adapters, untie
+from pyprune.surgery import ROWS_AT_ONCE, fold_left, fold_right, input_axes, output_axes, refuse_adapters, untie
 
 Batch = torch.Tensor | Mapping[str, torch.Tensor]
 
@@ -120,3 +121,54 @@ def _check_orthogonal(q: torch.Tensor, width: int) -> None:
     error = float((q.double().T @ q.double() - torch.eye(width, dtype=torch.float64, device=q.device)).abs().max())
     if not error < 1e-6:  # written so that NaN fails too
         raise ValueError(f"q: not orthogonal, max |Q^T Q - I| is {error:.1e}, expected below 1e-6; compute it in fp64")
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What happened to a parameter: its dimension `dim` was expressed in the basis `q` [d, d].
+
+    Call it on the parameter or on its gradient's mean; `squared` is for a mean of squares, whose entries it mixes as if
+    they were uncorrelated.
+    """
+
+    dim: int
+    q: torch.Tensor
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._mix(tensor, self.q)
+
+    def squared(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._mix(tensor, self.q.square())
+
+    def _mix(self, tensor: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        wide, q = tensor.double(), q.to(tensor.device, torch.float64)
+        return (wide @ q if self.dim == 1 else q.T @ wide).to(tensor.dtype)
+
+
+@torch.no_grad()
+def rotate_adapted(model: nn.Module, q: torch.Tensor) -> dict[nn.Parameter, Rotation]:
+    """`rotate` for a model that goes on training with LoRA, in place; its norms' gains must be folded already.
+
+    Returns:
+        For each trained parameter that changed, how, so that its optimiser's moments can follow.
+
+    Raises:
+        ValueError: `q` of a wrong shape or not orthogonal, a gain that is not one, DoRA, or tied embeddings.
+    """
+    decoder = describe(model)
+    _check_orthogonal(q, decoder.hidden_size)
+    if decoder.tied or any(not (decoder.gain(reads.norm) == 1).all() for reads in decoder.reads()):
+        raise ValueError("rotate_adapted: the norms' gains are not folded; call pyprune.basis.rotate(model, q) first")
+    readers = [linear for reads in decoder.reads() for linear in reads.linears]
+    axes = [axis for reader in readers for axis in input_axes(reader)]
+    axes += [axis for writer in decoder.writers().values() for axis in output_axes(writer)]
+    if any(getattr(writer, "lora_magnitude_vector", None) for writer in decoder.writers().values()):
+        raise ValueError("rotate_adapted: DoRA's magnitudes of single outputs cannot follow a rotation of the outputs")
+    changes = {parameter: Rotation(dim, q) for parameter, dim in axes}
+    for parameter, change in changes.items():
+        parameter.data = (
+            torch.cat([change(rows) for rows in parameter.data.split(ROWS_AT_ONCE)])
+            if (change.dim == 1)
+            else change(parameter.data)
+        )
+    return {parameter: change for parameter, change in changes.items() if parameter.requires_grad}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from pyprune import ops
 
@@ -103,3 +106,192 @@ class HSM(nn.Module):
     def extra_repr(self) -> str:
         compact = f", outputs={self.outputs}" if self.outputs != self.hidden_size else ""
         return f"hidden_size={self.hidden_size}, rank={self.rank}{compact}"
+
+
+class _OwnOptimizer(nn.Module):
+    """A choice of channels that is trained by its own Adam, apart from the Trainer's optimiser.
+
+    `forward` reads a leaf tensor, `value`, whose gradient gathers over all passes of an optimiser step; `learn` turns
+    it into a step. State is in buffers, so that it moves and is saved with the model.
+    """
+
+    value: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    steps: Tensor
+
+    def _track(self, shape: torch.Size) -> None:
+        self.register_buffer("exp_avg", torch.zeros(shape))
+        self.register_buffer("exp_avg_sq", torch.zeros(shape))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def _take_gradient(self) -> Tensor:
+        """The leaf's gradient, the mean over all processes."""
+        if self.value.grad is None:
+            raise RuntimeError(f"{type(self).__name__}: no gradient reached it; is the loss computed with its model?")
+        gradient, self.value.grad = self.value.grad, None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(gradient)
+            gradient /= torch.distributed.get_world_size()
+        return gradient
+
+    def _adam(self, parameter: Tensor, gradient: Tensor, learning_rate: float) -> None:
+        adam(
+            [parameter],
+            [gradient],
+            [self.exp_avg],
+            [self.exp_avg_sq],
+            [],
+            [self.steps],
+            foreach=False,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.99,
+            lr=learning_rate,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+
+
+def temperature(step: int, milestone: int) -> float:
+    """tau(s) = 1 / (1 - ln s / ln s0) for s < s0, which rises from 0 without bound (PAT, eq. 8)."""
+    return 0.0 if step == 0 else 1 / (1 - math.log(step) / math.log(milestone))
+
+
+def offset(step: int, milestone: int) -> float:
+    """beta(s) = max(1/2 - s/s0, 0) (PAT, eq. 9)."""
+    return max(0.5 - step / milestone, 0.0)
+
+
+class UnifiedMask(_OwnOptimizer):
+    """The mask that all HSMs share: m = sigmoid(tau(s) w) + beta(s), one proxy w a channel (PAT, eq. 7-9).
+
+    With w = 0 at the start, m = 1 at s = 0. The proxies follow the task's gradient and the active loss
+    |count - target|, count = sum 1(w > 0). The straight-through gradient of that loss is the same for every proxy, so
+    it is followed to its minimum in one go: a shift of all proxies, after which the count *is* the target. The target
+    falls linearly from d to `kept` and is there before the milestone, so that nothing is left to be cut then.
+
+    Attributes:
+        proxy: w [d]. value: m [d] of this step. kept: how many channels are to stay.
+    """
+
+    PULL = 2.5  # a step moves a proxy by this times the learning rate times its distance from +-1/2
+    ANNEALED = 0.8  # share of the way to the milestone after which the target count is `kept`
+
+    proxy: Tensor
+
+    def __init__(self, hidden_size: int, kept: int, learning_rate: float) -> None:
+        """Starts with m = 1; of equal proxies the last channels, those of least variance in a pca basis, go first."""
+        super().__init__()
+        self.kept, self.learning_rate = kept, learning_rate
+        self.register_buffer("proxy", torch.linspace(1e-3, 1e-4, hidden_size))
+        self.register_buffer("value", torch.ones(hidden_size), persistent=False)
+        self._track(self.proxy.shape)
+
+    def forward(self, x: Tensor, hsm: HSM | None) -> Tensor:
+        """x [..., d], a writer's output -> [..., n], transformed by its HSM if it has one, and masked."""
+        return x * self.value.to(x.dtype) if hsm is None else hsm(x, self.value)
+
+    def begin(self, step: int, milestone: int) -> None:
+        """Sets the mask of `step`, counted from 0, as a fresh leaf."""
+        mask = torch.sigmoid(temperature(step, milestone) * self.proxy) + offset(step, milestone)
+        self.value = mask.detach().requires_grad_()
+
+    @torch.no_grad()
+    def learn(self, step: int, milestone: int) -> dict[str, float]:
+        """Moves the proxies by the gradient that has gathered; returns figures for the log."""
+        target = self.target(step + 1, milestone)
+        active_before = abs(self.count() - target) / self.kept
+        slope = temperature(step, milestone) or 1e-3  # at s = 0 the mask does not depend on w; its order still does
+        sigmoid = torch.sigmoid(slope * self.proxy)
+        self._adam(self.proxy, self._take_gradient() * slope * sigmoid * (1 - sigmoid), self.learning_rate)
+        ends = torch.where(self.proxy > 0, 0.5, -0.5)
+        self.proxy += self.PULL * self.learning_rate * (ends - self.proxy)
+        self._meet(target)
+        return {"mask_count": self.count(), "mask_target": target, "active_loss": active_before}
+
+    def target(self, step: int, milestone: int) -> int:
+        """How many proxies are to be positive at `step`."""
+        done = min(1.0, step / (self.ANNEALED * milestone))
+        return round(len(self.proxy) + (self.kept - len(self.proxy)) * done)
+
+    def count(self) -> int:
+        """How many proxies are positive."""
+        return int((self.proxy > 0).sum())
+
+    def _meet(self, target: int) -> None:
+        if self.count() == target:
+            return
+        order = self.proxy.sort(descending=True).values
+        below = order[target] if target < len(order) else order[-1] - 2e-4
+        self.proxy -= (order[target - 1] + below) / 2
+
+    @torch.no_grad()
+    def freeze(self) -> tuple[None, Tensor]:
+        """No rotation, and the channels that stay: the `kept` largest proxies.
+
+        Raises:
+            RuntimeError: the soft count misses the target by more than 1 %, so that the choice would be a cut.
+        """
+        if abs(self.count() - self.kept) > 0.01 * self.kept:
+            raise RuntimeError(
+                f"the mask keeps {self.count()} channels at the milestone, not {self.kept}; it got too few steps to "
+                "reach its target: raise milestone or the number of steps"
+            )
+        return None, self.proxy.topk(self.kept).indices.sort().values.cpu()
+
+    @classmethod
+    def binary(cls, hidden_size: int, kept: Tensor, compact: bool) -> UnifiedMask:
+        """The frozen mask: ones on the channels `kept`, zeros elsewhere; only the ones if the model is `compact`."""
+        mask = cls(len(kept) if compact else hidden_size, len(kept), 0.0)
+        if not compact:
+            mask.value = torch.zeros(hidden_size).index_fill_(0, kept, 1.0)
+        return mask
+
+
+class LearnedSubspace(_OwnOptimizer):
+    """Drops a *learned* subspace of the hidden space instead of a choice of channels: y = z - (1 - m) U U^T z.
+
+    U [d, k] is orthonormal, the same for all HSMs, and follows the task's gradient on the Grassmann manifold (tangent
+    projection, Adam, QR as retraction), from the k principal axes of least variance at the start. m, one number, is the
+    mask of a channel whose proxy is at -1/2. `freeze` returns the rotation that makes U the last k axes, so the result
+    is an ordinary pruned model: choosing among channels is the special case in which U is a set of axes.
+    """
+
+    def __init__(self, hidden_size: int, kept: int, learning_rate: float) -> None:
+        super().__init__()
+        self.kept, self.learning_rate, self.mask = kept, learning_rate, 1.0
+        self.register_buffer("value", torch.eye(hidden_size)[:, kept:].contiguous())
+        self.register_buffer("everything", torch.ones(hidden_size), persistent=False)
+        self._track(self.value.shape)
+
+    def forward(self, x: Tensor, hsm: HSM | None) -> Tensor:
+        """x [..., d], a writer's output -> [..., d], transformed by its HSM if it has one, without U's share."""
+        z = x if hsm is None else hsm(x, self.get_buffer("everything"))
+        u = self.value.to(z.dtype)
+        return z - ((1 - self.mask) * (z @ u)) @ u.T
+
+    def begin(self, step: int, milestone: int) -> None:
+        """Sets the strength of the mask at `step` and U as a fresh leaf."""
+        soft = torch.sigmoid(torch.tensor(-0.5 * temperature(step, milestone)))
+        self.mask = float(soft) + offset(step, milestone)
+        self.value = self.value.detach().requires_grad_()
+
+    @torch.no_grad()
+    def learn(self, step: int, milestone: int) -> dict[str, float]:
+        """Moves U by the gradient that has gathered, in steps that fall to zero at the milestone."""
+        gradient, u = self._take_gradient(), self.value.detach()
+        tangent = gradient - u @ (u.T @ gradient)
+        self._adam(u, tangent, self.learning_rate * (1 - step / milestone))
+        q, r = torch.linalg.qr(u)
+        self.value = (q * r.diagonal().sign()).contiguous()  # as a checkpoint has it: products round by layout
+        return {"mask": self.mask, "mask_count": self.kept, "mask_target": self.kept}
+
+    @torch.no_grad()
+    def freeze(self) -> tuple[Tensor, Tensor]:
+        """R [d, d] in fp64, orthogonal, whose last k columns span U, and the channels of x R that stay: the first."""
+        u = self.value.detach().double().cpu()
+        q = torch.linalg.qr(u, mode="complete").Q
+        rotation = torch.cat([q[:, u.shape[1] :], q[:, : u.shape[1]]], dim=1)
+        return rotation, torch.arange(self.kept)

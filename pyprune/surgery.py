@@ -46,6 +46,8 @@ class Selection:
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.index_select(self.dim, self.index.to(tensor.device))
 
+    squared = __call__
+
 
 # ---------------------------------------------------------------- which dimension of which parameter is the hidden size
 
@@ -54,14 +56,14 @@ class Selection:
 # time.
 
 
-def _input_axes(module: Any) -> Iterator[tuple[nn.Parameter, int]]:
+def input_axes(module: Any) -> Iterator[tuple[nn.Parameter, int]]:
     """Parameters of a linear that reads the residual stream, with the dimension that is the hidden size."""
     yield weight_of(module), 1
     for adapter in _adapters(module):
         yield module.lora_A[adapter].weight, 1
 
 
-def _output_axes(module: Any) -> Iterator[tuple[nn.Parameter, int]]:
+def output_axes(module: Any) -> Iterator[tuple[nn.Parameter, int]]:
     """Parameters of an embedding or of a linear that writes to the residual stream, with the hidden dimension."""
     if isinstance(base(module), nn.Embedding):
         yield weight_of(module), 1
@@ -110,7 +112,7 @@ def fold_right(module: nn.Module, matrix: torch.Tensor) -> None:
 @torch.no_grad()
 def fold_left(module: nn.Module, matrix: torch.Tensor) -> None:
     """W <- M W, b <- M b for a linear that writes: W [d, in], b [d], `matrix` [n, d]."""
-    for parameter, _ in _output_axes(base(module)):
+    for parameter, _ in output_axes(base(module)):
         m = matrix.to(parameter.device, torch.float64)
         parameter.data = (m @ parameter.data.double()).to(parameter.dtype)
     _state_widths(module)
@@ -234,7 +236,7 @@ def merge_hsm(decoder: Decoder, hsms: Mapping[str, torch.Tensor]) -> None:
     for name, matrix in hsms.items():
         if name not in writers:
             raise ValueError(f"hsms: no writer is called {name!r}; expected names like {', '.join(list(writers)[:3])}")
-        width = next((p.shape[dim] for p, dim in _output_axes(writers[name])))
+        width = next((p.shape[dim] for p, dim in output_axes(writers[name])))
         if matrix.shape != (decoder.hidden_size, width):
             raise ValueError(
                 f"hsms[{name!r}]: expected shape {[decoder.hidden_size, width]} (hidden size, the writer's outputs), "
@@ -292,9 +294,9 @@ def compact(
     selections: dict[nn.Parameter, Selection] = {}
     for name, writer in writers.items():
         index = torch.cat([kept, dropped]) if name in wide else kept
-        selections |= {parameter: Selection(dim, index) for parameter, dim in _output_axes(writer)}
+        selections |= {parameter: Selection(dim, index) for parameter, dim in output_axes(writer)}
     for linear in readers:
-        selections |= {parameter: Selection(dim, kept) for parameter, dim in _input_axes(linear)}
+        selections |= {parameter: Selection(dim, kept) for parameter, dim in input_axes(linear)}
     for reads in decoder.reads():
         selections[weight_of(reads.norm)] = Selection(0, kept)
 
@@ -410,7 +412,7 @@ def _settle_head_norms(decoder: Decoder, epsilon: float) -> None:
         for norm, linear in block.head_norms:
             scale = (epsilon / decoder.epsilon(norm)) ** 0.5
             decoder.set_epsilon(norm, epsilon)
-            for parameter, _ in _output_axes(linear) if scale != 1.0 else ():
+            for parameter, _ in output_axes(linear) if scale != 1.0 else ():
                 parameter.data = (parameter.data.double() * scale).to(parameter.dtype)
 
 

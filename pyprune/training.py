@@ -15,11 +15,11 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -151,6 +151,36 @@ class _CompleteCheckpoint(TrainerCallback):
         for old in checkpoints(folder)[: -self.keep]:
             (old / MARKER).unlink()  # a kill inside the removal must not leave a checkpoint that looks complete
             shutil.rmtree(old)
+
+
+# -------------------------------------------------------------------------------------------------- optimiser's state
+
+
+class Change(Protocol):
+    """How a parameter was cut or rotated: the same for its `exp_avg`, and `squared` for its `exp_avg_sq`."""
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor: ...
+
+    def squared(self, tensor: torch.Tensor) -> torch.Tensor: ...
+
+
+def carry_moments(optimizer: torch.optim.Optimizer | None, changes: Mapping[nn.Parameter, Change]) -> None:
+    """Changes Adam's moments, or SGD's momentum, as their parameters were changed. Without an optimizer, nothing.
+
+    Raises:
+        ValueError: the optimizer keeps other tensors for a parameter, which this cannot change.
+    """
+    for parameter, change in changes.items() if optimizer else ():
+        state = optimizer.state.get(parameter, {})  # type: ignore[union-attr]
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor) or value.ndim == 0:
+                continue
+            if name not in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                raise ValueError(
+                    f"optimizer keeps {name!r}, which cannot follow the model into smaller shapes; use AdamW, or "
+                    "compact=False with basis 'pca' or 'identity'"
+                )
+            state[name] = change.squared(value) if name == "exp_avg_sq" else change(value)
 
 
 # ------------------------------------------------------------------------------------------------ callbacks of the loop

@@ -1,0 +1,307 @@
+"""PAT: prune the hidden size while fine-tuning (Liu et al., AAAI 2025, arXiv 2408.14721), the paper's formulation.
+
+An HSM stands after the embedding and after every linear that writes to the residual stream. All share one mask over
+the hidden channels, which softly shrinks from one to zero on the channels that go until the milestone; there it becomes
+binary. Afterwards the zeros are cut out and training goes on in the smaller shapes. docs/pat.md has the formulas, where
+this departs from the paper, and what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pyprune import basis, surgery
+from pyprune.architectures import describe, unwrap, weight_of
+from pyprune.methods import option
+from pyprune.methods.lora import LoRA
+from pyprune.modules import HSM, LearnedSubspace, UnifiedMask
+from pyprune.training import carry_moments, save_state
+
+STRUCTURE = "pat.safetensors"  # what `prepare(resume=...)` needs before the trained tensors can be loaded
+
+
+def kept_channels(hidden_size: int, ratio: float, round_to: int) -> int:
+    """How many channels stay: (1 - ratio) d, rounded to the nearest multiple of `round_to`.
+
+    Raises:
+        ValueError: the ratio is not between 0 and 1, or it rounds to no channel or to all of them.
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio is {ratio}; expected a number between 0 and 1, such as 0.25")
+    if round_to < 1:
+        raise ValueError(f"round_to is {round_to}; expected at least 1")
+    kept = round((1 - ratio) * hidden_size / round_to) * round_to
+    if not 0 < kept < hidden_size:
+        raise ValueError(
+            f"ratio {ratio} of hidden size {hidden_size} rounds to {kept} kept channels at round_to={round_to}; "
+            "nothing or everything would go: choose another ratio or a smaller round_to"
+        )
+    return kept
+
+
+@dataclass
+class Pruning(LoRA):
+    """The options that everything which prunes the hidden size shares; the basis is folded in by `_rotate`."""
+
+    ratio: float = option(0.25, "share of the hidden channels that goes")
+    round_to: int = option(64, "the kept hidden size is a multiple of this, which hardware likes")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"ratio is {self.ratio}; expected a number between 0 and 1, such as 0.25")
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError when the model cannot be pruned at this ratio; `model` may be on the meta device."""
+        decoder = describe(model)
+        surgery.check_keep(decoder, range(kept_channels(decoder.hidden_size, self.ratio, self.round_to)))
+
+
+def principal_axes(model: nn.Module, calibration: Sequence[Tensor] | None) -> Tensor:
+    """Q [d, d] of the normalised block inputs. Raises ValueError without calibration batches."""
+    if not calibration:
+        raise ValueError(
+            "calibration: a basis of principal axes needs token ids to look at; pass calibration=[ids, ...], each "
+            "[batch, tokens], or choose basis='identity'"
+        )
+    return basis.pca(basis.covariance(model, calibration))
+
+
+@dataclass
+class PAT(Pruning):
+    """Pruning-aware tuning; satisfies `Method`.
+
+    Three lines in a script that has a `transformers.Trainer`:
+
+        model = pat.prepare(model, calibration)
+        Trainer(model, ..., callbacks=[pat.callback()]).train()
+        pat.finalize(model).save_pretrained("small")
+    """
+
+    basis: str = option(
+        "learned",
+        "where channels are dropped: identity (the paper), pca (one rotation folded into the weights), learned (pca at "
+        "first, then the dropped subspace is trained)",
+        choices=["identity", "pca", "learned"],
+    )
+    rank: int | None = option(None, "rank of the HSMs (default: hidden size / 20)")
+    milestone: float = option(1 / 3, "share of the steps after which the mask is binary and frozen")
+    compact: bool = option(True, "cut the zeros out at the milestone and go on in the smaller shapes")
+    mask_learning_rate: float = option(0.02, "step of the mask's proxies (basis identity, pca)")
+    basis_learning_rate: float = option(5e-3, "step of the dropped subspace (basis learned), falling to 0")
+    identity_weight: float = option(0.1, "weight of the identity loss, which keeps the HSMs' matrices orthonormal")
+    embedding_hsm: bool = option(False, "in the identity basis, an HSM after a tied embedding too, which unties it")
+    hsm_seed: int = option(0, "seed of the HSMs' random orthonormal matrices")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.basis not in ("identity", "pca", "learned"):
+            raise ValueError(f"basis is {self.basis!r}; expected identity, pca or learned")
+        if not 0 < self.milestone < 1:
+            raise ValueError(f"milestone is {self.milestone}; expected a share of the steps between 0 and 1")
+        if self.basis == "learned" and self.dora:
+            raise ValueError(
+                "basis is 'learned' and dora True: DoRA's magnitudes of single outputs cannot follow a rotation of the "
+                "outputs; use basis='pca' with DoRA, or LoRA"
+            )
+        self._tuning: _Tuning | None = None
+
+    def prepare(
+        self, model: nn.Module, calibration: Sequence[Tensor] | None = None, resume: Path | None = None
+    ) -> nn.Module:
+        """Folds the basis into the weights, adds LoRA, HSMs and the mask, all by hooks on the stock model.
+
+        Args:
+            model: a causal language model of a known family, without adapters; it is changed in place.
+            calibration: token ids, each [B, T]; needed unless the basis is identity.
+            resume: a checkpoint folder of a run with this method; its trained values are loaded, by
+                `training.tune` or by `training.load_state`, after this has made the shapes right.
+
+        Raises:
+            ValueError: no calibration, a ratio or width that does not fit, a family that is not known.
+        """
+        self.check(model)
+        structure = load_file(resume / STRUCTURE) if resume else {}
+        if self.basis != "identity":
+            structure.setdefault("basis", principal_axes(model, calibration) if not resume else torch.empty(0))
+            basis.rotate(model, structure["basis"])
+        model = self.adapt(model)
+        self._tuning = _Tuning(self, model, structure)
+        return model
+
+    def callback(self) -> TrainerCallback:
+        """The callback for the Trainer that trains what `prepare` returned."""
+        return _Callback(self._prepared("callback"))
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """`callback`, in a list."""
+        return [self.callback()]
+
+    def finalize(self, model: nn.Module) -> nn.Module:
+        """Folds adapters and HSMs into the weights, cuts what is masked: a stock model of the smaller hidden size.
+
+        Raises:
+            RuntimeError: training ended before the milestone, so nothing has been chosen yet.
+        """
+        return self._prepared("finalize").finish(model)
+
+    def _prepared(self, what: str) -> _Tuning:
+        if self._tuning is None:
+            raise RuntimeError(f"PAT.{what}: call prepare(model) first")
+        return self._tuning
+
+
+class _Tuning:
+    """PAT on one model: HSMs and mask, attached by hooks, and what happens to them at the milestone."""
+
+    def __init__(self, options: PAT, model: nn.Module, structure: dict[str, Tensor]) -> None:
+        self.options, self.model, self.structure = options, model, structure
+        decoder = self.decoder = describe(model)
+        self.hidden_size = decoder.hidden_size
+        kept = kept_channels(self.hidden_size, options.ratio, options.round_to)
+        device = weight_of(decoder.embedding).device
+        selection: UnifiedMask | LearnedSubspace = (
+            LearnedSubspace(self.hidden_size, kept, options.basis_learning_rate)
+            if options.basis == "learned"
+            else UnifiedMask(self.hidden_size, kept, options.mask_learning_rate)
+        )
+        self.parts = nn.Module()  # in the model, so that they move, are saved and are trained with it
+        self.parts.selection = self.selection = selection.to(device)
+        generator = torch.Generator().manual_seed(options.hsm_seed)
+        rank = options.rank or max(1, self.hidden_size // 20)
+        self.hsms = {
+            name: HSM(self.hidden_size, rank, generator=generator).to(device)
+            for name in decoder.writers()
+            if name != "embedding" or options.embedding_hsm or not decoder.tied
+        }
+        self.parts.hsms = nn.ModuleDict(self.hsms)
+        unwrap(model).add_module("pat", self.parts)
+        self.hooks = [
+            writer.register_forward_hook(self._hook(self.hsms.get(name))) for name, writer in decoder.writers().items()
+        ]
+        self.frozen = False
+        if "kept" in structure:
+            self.freeze(None)
+
+    def _hook(self, hsm: HSM | None) -> Callable[..., Tensor]:
+        return lambda module, args, output: self.selection(output, hsm)
+
+    @property
+    def compacted(self) -> bool:
+        """Whether the model's shapes are the small ones already."""
+        return self.frozen and self.options.compact
+
+    def identity_gradients(self) -> float:
+        """Adds the gradient of the identity loss, the mean over all HSMs, to theirs; returns the loss.
+
+        It is a function of the parameters alone, so it is added once an optimiser step, however many passes that has.
+        """
+        weight = self.options.identity_weight / max(1, len(self.hsms))
+        total = 0.0
+        for hsm in self.hsms.values():
+            loss = weight * hsm.identity_loss()
+            for parameter, gradient in zip((hsm.l0, hsm.l1), torch.autograd.grad(loss, (hsm.l0, hsm.l1)), strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            total += loss.item()
+        return total
+
+    @torch.no_grad()
+    def freeze(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """The milestone: the choice becomes binary, a learned basis is folded in, and the shapes become small."""
+        if "kept" not in self.structure:
+            rotation, kept = self.selection.freeze()
+            self.structure["kept"] = kept
+            if rotation is not None:
+                self.structure["rotation"] = rotation
+        rotation, kept = self.structure.get("rotation"), self.structure["kept"]
+        if rotation is not None:
+            rotated = basis.rotate_adapted(self.model, rotation)
+            for hsm in self.hsms.values():
+                own = {hsm.l0: basis.Rotation(1, rotation), hsm.l1: basis.Rotation(0, rotation)}
+                for parameter, rotate in own.items():
+                    parameter.data = rotate(parameter.data)
+                rotated |= own
+            carry_moments(optimizer, rotated)
+        if self.options.compact:
+            cut = surgery.compact(self.model, kept, wide=list(self.hsms))
+            for hsm in self.hsms.values():
+                order = hsm.keep(kept)
+                cut |= {hsm.l0: surgery.Selection(1, order), hsm.l1: surgery.Selection(0, order)}
+            carry_moments(optimizer, cut)
+        self.selection = UnifiedMask.binary(self.hidden_size, kept, compact=self.options.compact).to(
+            weight_of(self.decoder.embedding).device
+        )
+        self.parts.selection = self.selection
+        self.frozen = True
+
+    def save(self, folder: Path) -> None:
+        """Writes what `prepare(resume=folder)` needs."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.structure.items()}
+        save_file(tensors or {"none": torch.empty(0)}, folder / STRUCTURE)
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        if not self.frozen:
+            raise RuntimeError("PAT.finalize: training has not reached the milestone, so no channel was chosen yet")
+        matrices = {name: hsm.transform() for name, hsm in self.hsms.items()}
+        for hook in self.hooks:
+            hook.remove()
+        del unwrap(model).pat
+        stock = surgery.fold_adapters(model)
+        kept = self.structure["kept"]
+        if self.options.compact:
+            surgery.merge_hsm(describe(stock), {name: matrix[: len(kept)] for name, matrix in matrices.items()})
+            return surgery.settle_config(stock)
+        surgery.merge_hsm(describe(stock), matrices)
+        return surgery.slice_hidden(stock, kept)
+
+
+class _Callback(TrainerCallback):
+    """Drives the mask through the steps of a Trainer."""
+
+    def __init__(self, tuning: _Tuning) -> None:
+        self.tuning = tuning
+        self.figures: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.fp16:
+            raise ValueError("fp16 training scales its gradients, which the mask reads; use bf16=True, or fp32")
+        self.milestone = max(1, round(self.tuning.options.milestone * state.max_steps))
+        if self.milestone >= state.max_steps:
+            raise ValueError(f"milestone: {self.milestone} of {state.max_steps} steps; train at least 2 steps")
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.tuning.frozen:
+            self.tuning.selection.begin(state.global_step, self.milestone)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.figures = {"identity_loss": self.tuning.identity_gradients()}
+        if not self.tuning.frozen:
+            self.figures |= self.tuning.selection.learn(state.global_step, self.milestone)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self.milestone and not self.tuning.frozen:
+            self.tuning.freeze(kwargs["optimizer"])
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs")
+        if logs is not None and "loss" in logs:
+            logs |= self.figures
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"  # type: ignore[arg-type]
+        self.tuning.save(folder)
+        save_state(kwargs["model"], folder)
