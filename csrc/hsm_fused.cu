@@ -1,9 +1,9 @@
 // HSM and HSM + residual + RMSNorm on tensor cores, forward and backward. The contract is in hsm_fused.h.
 //
-// All products have one side r = d / 20 wide, so at r = 104 they do about 100 operations per element of x, a quarter of
-// what an H100 (3.35 TB/s, 800 TFLOP/s through mma.sync at best) could do in the time the bytes take: every kernel here
-// is bound by memory, and the design is about reading x, residual and grad_y as few times as possible, in 16-byte
-// pieces, with enough of them in flight. Sizes below are for bf16 at T tokens, hidden d, rank r, n = d.
+// Each product has one narrow side r = d / 20. Forward does two of them, 4 r operations per element of x, against 4
+// bytes (x in, y out): 104 a byte at r = 104. An H100 offers about 180 (3.35 TB/s; about 600 TFLOP/s through mma.sync),
+// so these kernels are bound by memory, though not by far, and are designed to read x, residual and grad_y as few times
+// as possible, in 16-byte pieces, with enough of them in flight. Figures below are for bf16, T tokens, n = d.
 //
 //   hsm_forward:           project (reads x, writes h and h*v), expand (reads x, writes y)
 //   + residual + rmsnorm:  the same, expand adding the residual and squares, then normalise
