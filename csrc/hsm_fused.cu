@@ -1,7 +1,7 @@
 // HSM and HSM + residual + RMSNorm on tensor cores, forward and backward. The contract is in hsm_fused.h.
 //
 // Each product has one narrow side r = d / 20. Forward does two of them, 4 r operations per element of x, against 4
-// bytes (x in, y out): 104 a byte at r = 104. An H100 offers about 180 (3.35 TB/s; about 600 TFLOP/s through mma.sync),
+// bytes (x in, y out): 104 a byte at r = 104. An H100 offers about 180 (3.35 TB/s; assuming 600 TFLOP/s by mma.sync),
 // so these kernels are bound by memory, though not by far, and are designed to read x, residual and grad_y as few times
 // as possible, in 16-byte pieces, with enough of them in flight. Figures below are for bf16, T tokens, n = d.
 //
