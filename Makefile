@@ -52,7 +52,7 @@ format: install
 	$(BIN)/clang-format -i $(CLANG)
 
 bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script --save || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info pyprune/*.so

@@ -417,12 +417,13 @@ def tune(
 
 @contextlib.contextmanager
 def _clear_disk_full(folder: Path) -> Iterator[None]:
-    """Turns what torch, safetensors and the system say about a full disk into one OSError that says what is kept."""
+    """Turns what a full disk makes torch, safetensors and the system raise, each with words of its own ("unexpected
+    pos", "iostream error"), into one OSError that says what is kept."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        full = os.strerror(errno.ENOSPC) in str(error) or "PytorchStreamWriter failed" in str(error)
-        if not full:
+        reported = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+        if not reported and shutil.disk_usage(folder).free > 1 << 20:
             raise
         remove_partial(folder)
         good = checkpoints(folder)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,7 +136,18 @@ def test_a_value_that_is_not_finite_stops_the_run(tmp_path: Path, what: str, val
 # ---- a full disk
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "free"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1 << 40),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), 0),
+        (RuntimeError("basic_ios::clear: iostream error"), 0),
+    ],
+)
+def test_a_full_disk_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, free: int
+) -> None:
+    """With the errors that torch 2.13 and the system raise on a full tmpfs."""
     expected = train(tmp_path / "unbroken")
     save, calls = torch.save, 0
 
@@ -144,14 +156,15 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
         calls += 1
         if calls > 6:  # inside the second checkpoint
             Path(path).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            raise error
         save(value, path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match=r"the disk filled .*checkpoint-3 is complete, free space and") as error:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+        with pytest.raises(OSError, match=r"the disk filled .*checkpoint-3 is complete, free space and") as caught:
             train(tmp_path / "broken")
-    assert error.value.errno == errno.ENOSPC
+    assert caught.value.errno == errno.ENOSPC
     assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["checkpoint-3"]
     assert_same(train(tmp_path / "broken"), expected)
 
