@@ -185,12 +185,11 @@ class CpuKernels:
                 for rows, z, tile in self._tiles(p, l0.T, grad_x):
                     self._mask_add(grad_y[rows], mask, z, tile)
         if wants_l1 or wants_mask:
-            g = _product(self._scale(h, None, v).T, grad_y.T).T
+            g_transposed = _product(self._scale(h, None, v).T, grad_y.T)
             if wants_l1:
-                grad_l1 = (mask[:, None] * g).to(x.dtype).contiguous()
-            if wants_mask:
-                assert column_dot is not None
-                grad_mask = column_dot + (l1 * g.to(mask.dtype)).sum(1)
+                grad_l1 = self._scale(g_transposed.T.contiguous(), mask, None)
+            if column_dot is not None:
+                grad_mask = column_dot + self._column_dot(g_transposed, l1.T.contiguous())
         return grad_x, grad_l0, grad_v, grad_l1, grad_mask
 
     def _tiles(self, a: Tensor, b: Tensor, out: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

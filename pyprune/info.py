@@ -22,7 +22,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name as Linux tells it."""
     try:
         with open("/proc/cpuinfo") as lines:
@@ -33,7 +33,7 @@ def _processor() -> str:
 
 def _devices() -> list[dict[str, Any]]:
     """Every device torch can use: the CPU, then the GPUs with their capability ("9.0")."""
-    cpu = {"device": "cpu", "name": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    cpu = {"device": "cpu", "name": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     gpus = [
         {
             "device": f"cuda:{index}",

@@ -88,9 +88,10 @@ RUNS = {"hsm": run_hsm, "hsm_residual_rmsnorm": run_hsm_residual_rmsnorm}
 def assert_as_exact_as_torch(op: str, case: Case) -> None:
     """Every result is at most twice as far from fp64 as the same maths in plain torch at the case's dtype.
 
-    The allowance on top is two units in the last place of the largest result, or of 1 where results are smaller: 1 is
-    the scale of the terms that are summed, each version rounds them at its own places, and at a single element the
-    plain one may be exact by luck.
+    The allowance on top is in units of the last place of the largest result, or of 1 where that is smaller: 1 is the
+    scale of the terms that are summed. It is one unit for 16-bit dtypes, because at a single element the plain version
+    may be exact by luck, and four for fp32, because there the order of summation is the error: the kernels sum the
+    gradients of mask and v over tokens first, through numbers that are sqrt(T) larger.
     """
     results = RUNS[op](case)
     with ops.using("reference"):
@@ -102,7 +103,8 @@ def assert_as_exact_as_torch(op: str, case: Case) -> None:
         assert result.device == plain[name].device, name
         if result.numel() == 0:
             continue
-        allowance = 2 * torch.finfo(case.x.dtype).eps * max(1.0, exact[name].abs().max().item())
+        units = 4 if case.x.dtype == torch.float32 else 1
+        allowance = units * torch.finfo(case.x.dtype).eps * max(1.0, exact[name].abs().max().item())
         error = (result.double() - exact[name]).abs().max().item()
         plain_error = (plain[name].double() - exact[name]).abs().max().item()
         assert error <= 2 * plain_error + allowance, f"{name}: {error:.3e}, plain torch {plain_error:.3e}"

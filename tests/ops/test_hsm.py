@@ -218,17 +218,18 @@ def test_only_wanted_gradients_are_computed(frozen: str) -> None:
 def test_frozen_mask_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pass over x and grad_y for the mask's gradient is left out; only grad_v's [T, r] sum remains."""
     case = make_case(40, 24, 4, 24, torch.float32)
-    widths = []
+    shapes = []
     original = _cpu.CpuKernels._column_dot
     monkeypatch.setattr(
-        _cpu.CpuKernels, "_column_dot", lambda self, a, b: widths.append(a.shape[1]) or original(self, a, b)
+        _cpu.CpuKernels, "_column_dot", lambda self, a, b: shapes.append(tuple(a.shape)) or original(self, a, b)
     )
-    for trainable in (True, False):
+    for trainable, expected in ((True, [(40, 24), (40, 4), (4, 24)]), (False, [(40, 4)])):
+        shapes.clear()
         x = case.x.clone().requires_grad_()
         v = case.v.clone().requires_grad_()
         mask = case.mask.clone().requires_grad_(trainable)
         ops.hsm(x, case.l0, v, case.l1, mask).backward(case.grad_y)
-    assert widths == [24, 4, 4]
+        assert shapes == expected
 
 
 @pytest.mark.parametrize("implementation", ["chosen", "reference"])

@@ -1,0 +1,181 @@
+"""`hsm` and `hsm_residual_rmsnorm`, forward and backward, against eager torch and torch.compile, with the limit beside.
+
+    python benchmarks/bench_hsm.py --threads 2 --save
+
+The contenders take turns within one process, and every result is checked against fp64 before it is timed. The limit is
+the time of the matrix products alone plus that of moving the op's large inputs and outputs once, both measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+from results import Row, append
+from torch import Tensor
+
+from pyprune import _cpu, ops
+
+EPS = 1e-6
+Step = Callable[[], object]
+
+
+def eager_hsm(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> Tensor:
+    """The op as one writes it in torch."""
+    return mask.to(x.dtype) * (x + ((x @ l0.T) * v.to(x.dtype)) @ l1.T)
+
+
+def eager_hsm_residual_rmsnorm(
+    x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor, residual: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The op as a transformers decoder computes it: an addition, then its RMSNorm module's code."""
+    residual_out = residual + eager_hsm(x, l0, v, l1, mask)
+    wide = residual_out.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return residual_out, weight * wide.to(x.dtype)
+
+
+def fused_hsm_residual_rmsnorm(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.hsm_residual_rmsnorm(*tensors, EPS)
+
+
+@dataclass
+class Problem:
+    """One op at one size and dtype: its inputs, what arrives in backward, and how many T x d matrices move at least."""
+
+    name: str
+    eager: Callable[..., object]
+    fused: Callable[..., object]
+    inputs: list[Tensor]
+    grads: list[Tensor]
+    moved_forward: int
+    moved_backward: int
+
+
+def problems(tokens: int, hidden: int, rank: int, dtype: torch.dtype) -> list[Problem]:
+    """Both ops on random inputs of unit scale."""
+    normal = lambda *shape: torch.randn(shape).to(dtype)  # noqa: E731
+    x, residual, weight = normal(tokens, hidden), normal(tokens, hidden), normal(hidden)
+    l0, l1 = normal(rank, hidden) / hidden**0.5, normal(hidden, rank) / rank**0.5
+    mixing = [l0, torch.randn(rank), l1, torch.rand(hidden)]
+    grads = [normal(tokens, hidden), normal(tokens, hidden)]
+    norm = [x, *mixing, residual, weight]
+    return [
+        Problem("hsm", eager_hsm, ops.hsm, [x, *mixing], grads[:1], 2, 3),
+        Problem("hsm_residual_rmsnorm", eager_hsm_residual_rmsnorm, fused_hsm_residual_rmsnorm, norm, grads, 4, 6),
+    ]
+
+
+def forward_step(function: Callable[..., object], problem: Problem) -> Step:
+    """Runs a function on the inputs as inference does."""
+
+    def step() -> object:
+        with torch.no_grad():
+            return function(*problem.inputs)
+
+    return step
+
+
+def backward_step(function: Callable[..., object], problem: Problem) -> Step:
+    """The backward pass alone, for every input, over a graph that is built once."""
+    leaves = [tensor.clone().requires_grad_() for tensor in problem.inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return lambda: torch.autograd.grad(outputs, leaves, problem.grads, retain_graph=True)
+
+
+def check(problem: Problem, steps: dict[str, Step], exact: Step) -> None:
+    """Every contender is within a few roundings of fp64, in the norm of each result."""
+    as_tuple = lambda result: result if isinstance(result, tuple) else (result,)  # noqa: E731
+    expected = as_tuple(exact())
+    for name, step in steps.items():
+        for result, reference in zip(as_tuple(step()), expected, strict=True):
+            error = ((result.double() - reference).norm() / reference.norm()).item()
+            allowed = 16 * torch.finfo(problem.inputs[0].dtype).eps
+            if not error < allowed:
+                raise SystemExit(f"{problem.name}: {name} is off by {error:.1e}, more than {allowed:.1e}")
+
+
+def products_step(problem: Problem, backward: bool) -> Step:
+    """The matrix products that the op cannot do without, each at full size, by the faster library."""
+    x, l0, _, l1, _ = problem.inputs[:5]
+    h, grad = _cpu._product(x, l0), problem.grads[0]
+    if backward:
+        return lambda: [_cpu._product(*pair) for pair in ((grad, l1.T), (h.T, x.T), (h.T, grad.T), (h, l0.T))]
+    return lambda: [_cpu._product(*pair) for pair in ((x, l0), (h, l1))]
+
+
+def measure(steps: dict[str, Step], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Milliseconds per call, sorted; the contenders take turns."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 2):
+        for name, step in steps.items():
+            start = clock()
+            step()
+            if turn >= 2:
+                times[name].append((clock() - start) * 1e3)
+    return {name: sorted(values) for name, values in times.items()}
+
+
+def run(problem: Problem, backward: bool, compiled: Callable[..., object], rounds: int, clock: Callable) -> list[Row]:
+    """Measures one direction of one op, prints its lines, and returns them."""
+    make = backward_step if backward else forward_step
+    functions = {"eager": problem.eager, "compile": compiled, "pyprune": problem.fused}
+    steps = {name: make(function, problem) for name, function in functions.items()}
+    exact = Problem(**{**vars(problem), "inputs": [t.double() for t in problem.inputs]})
+    exact.grads = [grad.double() for grad in problem.grads]
+    check(problem, steps, make(problem.fused, exact))
+    x = problem.inputs[0]
+    target = torch.empty_like(x)
+    bounds = {"products": products_step(problem, backward), "copy": lambda: target.copy_(x)}
+    times = measure(steps | bounds, rounds, clock)
+    copies = (problem.moved_backward if backward else problem.moved_forward) / 2
+    times["limit"] = [p + copies * c for p, c in zip(times["products"], times["copy"], strict=True)]
+
+    tokens, hidden = x.shape
+    name = f"{problem.name} {'backward' if backward else 'forward'}"
+    case = f"T={tokens} d={hidden} r={len(problem.inputs[1])} {str(x.dtype).removeprefix('torch.')}"
+    print(f"\n{name}, {case}")
+    rows = []
+    for provider in ("eager", "compile", "pyprune", "products", "limit"):
+        p20, p80 = quantiles(times[provider], n=5)[0], quantiles(times[provider], n=5)[3]
+        p50 = median(times[provider])
+        print(f"  {provider:9} {p50:8.2f} ms   {median(times['eager']) / p50:5.2f}x eager   ({p20:.2f} to {p80:.2f})")
+        rows.append(Row(name, case, provider, "ms", p20, p50, p80))
+    return rows
+
+
+def main() -> None:
+    """Runs all combinations."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--rank", type=int, default=104)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for one thread on a busy machine")
+    parser.add_argument("--save", action="store_true", help="append to results.csv")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    print(f"{arguments.threads} threads, load {os.getloadavg()[0]:.1f}, {'CPU' if arguments.cpu_time else 'wall'} time")
+    rows = []
+    for dtype in arguments.dtypes:
+        for problem in problems(arguments.tokens, arguments.hidden, arguments.rank, getattr(torch, dtype)):
+            torch._dynamo.reset()
+            compiled = torch.compile(problem.eager)
+            for backward in (False, True):
+                rows += run(problem, backward, compiled, arguments.rounds, clock)
+    if arguments.save:
+        append(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Keeps measurements: rows appended to results.csv, with the machine, the versions and the commit they belong to."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import pyprune
+from pyprune.info import processor
+
+RESULTS = Path(__file__).with_name("results.csv")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement of one contender.
+
+    Attributes:
+        benchmark: what was run, such as "hsm forward".
+        case: its sizes and dtype, such as "T=2048 d=2048 r=104 bfloat16".
+        provider: who ran it, such as "eager", "compile", "pyprune", "limit".
+        unit: of the three values, such as "ms".
+        p20, p50, p80: percentiles over the rounds.
+    """
+
+    benchmark: str
+    case: str
+    provider: str
+    unit: str
+    p20: float
+    p50: float
+    p80: float
+
+
+def _git(*arguments: str) -> str:
+    run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, text=True, capture_output=True)
+    return run.stdout.strip()
+
+
+def environment(device: str = "cpu") -> dict[str, str]:
+    """The columns that say where a row comes from. A commit with a trailing + had uncommitted changes."""
+    hardware = processor() if device == "cpu" else torch.cuda.get_device_name(device)
+    changed = "+" if _git("status", "--porcelain", "--untracked-files=no", "--", "csrc", "pyprune") else ""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "hardware": hardware,
+        "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.1f}",
+        "torch": torch.__version__,
+        "pyprune": pyprune.__version__,
+        "commit": (_git("rev-parse", "--short", "HEAD") or "unknown") + changed,
+    }
+
+
+def append(rows: Iterable[Row], device: str = "cpu") -> None:
+    """Adds rows to results.csv, with the header when the file is new."""
+    where = environment(device)
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)] + list(where), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for row in rows:
+            values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+            writer.writerow(values | where)
