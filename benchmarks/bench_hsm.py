@@ -141,12 +141,13 @@ def run(problem: Problem, backward: bool, compiled: Callable[..., object], round
     name = f"{problem.name} {'backward' if backward else 'forward'}"
     case = f"T={tokens} d={hidden} r={len(problem.inputs[1])} {str(x.dtype).removeprefix('torch.')}"
     print(f"\n{name}, {case}")
+    unit = "ms CPU time" if clock is time.process_time else "ms"
     rows = []
     for provider in ("eager", "compile", "pyprune", "products", "limit"):
         p20, p80 = quantiles(times[provider], n=5)[0], quantiles(times[provider], n=5)[3]
         p50 = median(times[provider])
         print(f"  {provider:9} {p50:8.2f} ms   {median(times['eager']) / p50:5.2f}x eager   ({p20:.2f} to {p80:.2f})")
-        rows.append(Row(name, case, provider, "ms", p20, p50, p80))
+        rows.append(Row(name, case, provider, unit, p20, p50, p80))
     return rows
 
 
