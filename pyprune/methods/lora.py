@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -39,7 +40,7 @@ class LoRA:
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.lora_rank,
-            lora_alpha=self.lora_alpha,  # PEFT only divides it by the rank
+            lora_alpha=cast(int, self.lora_alpha),  # PEFT only divides by the rank
             lora_dropout=self.lora_dropout,
             use_dora=self.dora,
             target_modules=list(describe(model).linear_names()),

@@ -8,6 +8,7 @@ this departs from the paper, and what was measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pyprune import basis, surgery
-from pyprune.architectures import describe, unwrap, weight_of
+from pyprune.architectures import Decoder, describe, unwrap, weight_of
 from pyprune.methods import option
 from pyprune.methods.lora import LoRA
 from pyprune.modules import HSM, LearnedSubspace, UnifiedMask
@@ -28,8 +29,9 @@ from pyprune.training import carry_moments, save_state
 STRUCTURE = "pat.safetensors"  # what `prepare(resume=...)` needs before the trained tensors can be loaded
 
 
-def kept_channels(hidden_size: int, ratio: float, round_to: int) -> int:
-    """How many channels stay: (1 - ratio) d, rounded to the nearest multiple of `round_to`.
+def kept_channels(decoder: Decoder, ratio: float, round_to: int) -> int:
+    """How many channels stay: (1 - ratio) d, rounded to the nearest multiple of `round_to` that stock code accepts
+    (Llama wants a multiple of the number of heads).
 
     Raises:
         ValueError: the ratio is not between 0 and 1, or it rounds to no channel or to all of them.
@@ -38,18 +40,20 @@ def kept_channels(hidden_size: int, ratio: float, round_to: int) -> int:
         raise ValueError(f"ratio is {ratio}; expected a number between 0 and 1, such as 0.25")
     if round_to < 1:
         raise ValueError(f"round_to is {round_to}; expected at least 1")
-    kept = round((1 - ratio) * hidden_size / round_to) * round_to
-    if not 0 < kept < hidden_size:
+    multiple = math.lcm(round_to, decoder.width_multiple)
+    kept = round((1 - ratio) * decoder.hidden_size / multiple) * multiple
+    if not 0 < kept < decoder.hidden_size:
         raise ValueError(
-            f"ratio {ratio} of hidden size {hidden_size} rounds to {kept} kept channels at round_to={round_to}; "
-            "nothing or everything would go: choose another ratio or a smaller round_to"
+            f"ratio {ratio} of hidden size {decoder.hidden_size} rounds to {kept} kept channels, so nothing or "
+            f"everything would go; they are a multiple of {multiple} (round_to={round_to}, and this model's config "
+            f"wants a multiple of {decoder.width_multiple}): choose another ratio or a smaller round_to"
         )
     return kept
 
 
 @dataclass
 class Pruning(LoRA):
-    """The options that everything which prunes the hidden size shares; the basis is folded in by `_rotate`."""
+    """What all methods that prune the hidden size share."""
 
     ratio: float = option(0.25, "share of the hidden channels that goes")
     round_to: int = option(64, "the kept hidden size is a multiple of this, which hardware likes")
@@ -62,7 +66,7 @@ class Pruning(LoRA):
     def check(self, model: nn.Module) -> None:
         """Raises ValueError when the model cannot be pruned at this ratio; `model` may be on the meta device."""
         decoder = describe(model)
-        surgery.check_keep(decoder, range(kept_channels(decoder.hidden_size, self.ratio, self.round_to)))
+        surgery.check_keep(decoder, range(kept_channels(decoder, self.ratio, self.round_to)))
 
 
 def principal_axes(model: nn.Module, calibration: Sequence[Tensor] | None) -> Tensor:
@@ -96,7 +100,7 @@ class PAT(Pruning):
     milestone: float = option(1 / 3, "share of the steps after which the mask is binary and frozen")
     compact: bool = option(True, "cut the zeros out at the milestone and go on in the smaller shapes")
     mask_learning_rate: float = option(0.02, "step of the mask's proxies (basis identity, pca)")
-    basis_learning_rate: float = option(5e-3, "step of the dropped subspace (basis learned), falling to 0")
+    basis_learning_rate: float = option(2e-3, "step of the dropped subspace (basis learned), falling to 0")
     identity_weight: float = option(0.1, "weight of the identity loss, which keeps the HSMs' matrices orthonormal")
     embedding_hsm: bool = option(False, "in the identity basis, an HSM after a tied embedding too, which unties it")
     hsm_seed: int = option(0, "seed of the HSMs' random orthonormal matrices")
@@ -166,7 +170,7 @@ class _Tuning:
         self.options, self.model, self.structure = options, model, structure
         decoder = self.decoder = describe(model)
         self.hidden_size = decoder.hidden_size
-        kept = kept_channels(self.hidden_size, options.ratio, options.round_to)
+        kept = kept_channels(decoder, options.ratio, options.round_to)
         device = weight_of(decoder.embedding).device
         selection: UnifiedMask | LearnedSubspace = (
             LearnedSubspace(self.hidden_size, kept, options.basis_learning_rate)

@@ -23,7 +23,9 @@ class PruneThenTune(Pruning):
     """Cut the hidden size before training; satisfies `Method`."""
 
     basis: str = option(
-        "pca", "identity: the channels of most variance stay; pca or learned: those of the pca basis", choices=[]
+        "pca",
+        "identity: the channels of most variance stay; pca: those of the principal axes (so too for learned)",
+        choices=["identity", "pca", "learned"],
     )
 
     def prepare(
@@ -31,8 +33,7 @@ class PruneThenTune(Pruning):
     ) -> nn.Module:
         """The cut model with LoRA. A resumed run makes the same cut again from the same calibration."""
         self.check(model)
-        hidden_size = describe(model).hidden_size
-        kept = kept_channels(hidden_size, self.ratio, self.round_to)
+        kept = kept_channels(describe(model), self.ratio, self.round_to)
         if self.basis == "identity":
             if not calibration:
                 raise ValueError("calibration: pass token ids, each [batch, tokens], to find the channels of variance")

@@ -60,13 +60,15 @@ def logits(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_preparing_does_not_change_the_function(basis: str, tied: bool) -> None:
-    torch.testing.assert_close(logits(prepared(pat(basis), tied=tied)), logits(tiny("llama", tied, torch.float32)), **FP32)
+    torch.testing.assert_close(
+        logits(prepared(pat(basis), tied=tied)), logits(tiny("llama", tied, torch.float32)), **FP32
+    )
 
 
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "phi3"])
 def test_compact_training_is_masked_training(basis: str, family: str, tmp_path: Path) -> None:
-    """The same losses after the milestone to fp32 rounding, amplified by eight steps of Adam; the same model at the end."""
+    """The same losses after the milestone, to fp32 rounding that eight steps of Adam amplify, and the same model."""
     runs = {}
     for compact in (True, False):
         method = pat(basis, compact=compact)
@@ -167,7 +169,7 @@ def test_learned_subspace_finds_the_directions_to_drop() -> None:
 
 def test_identity_loss_reaches_every_hsm(tmp_path: Path) -> None:
     method = pat("pca", identity_weight=5.0)
-    model = prepared(method)
+    prepared(method)
     hsms = method._tuning.hsms  # type: ignore[union-attr]
     assert len(hsms) == 5
     with torch.no_grad():
@@ -253,13 +255,19 @@ def test_bf16(tmp_path: Path) -> None:
     assert error < 0.05
 
 
+def test_kept_channels_fit_what_stock_code_accepts() -> None:
+    """Llama's config refuses a hidden size that is no multiple of its 4 heads; Qwen2's does not."""
+    assert kept_channels(describe(tiny("qwen2")), 1 / 3, 3) == 15  # of 24, nearest to 16
+    assert kept_channels(describe(tiny("llama")), 1 / 3, 3) == 12
+
+
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="ratio is 1.2"):
+    with pytest.raises(ValueError, match=r"ratio is 1\.2"):
         pat(ratio=1.2)
     with pytest.raises(ValueError, match="rounds to 24 kept channels"):
-        kept_channels(24, 0.1, 8)
+        kept_channels(describe(tiny("qwen2")), 0.1, 8)
     with pytest.raises(ValueError, match="rounds to 0 kept channels"):
-        kept_channels(24, 0.9, 8)
+        kept_channels(describe(tiny("qwen2")), 0.9, 8)
     with pytest.raises(ValueError, match="basis is 'svd'"):
         pat("svd")
     with pytest.raises(ValueError, match="calibration"):
