@@ -1,0 +1,227 @@
+"""Time and memory of a training step: PEFT LoRA, PAT before its milestone, and after it with and without compaction.
+
+    python benchmarks/bench_pat_step.py --threads 2 --save
+
+LoRA gets the rank with which it trains as many parameters as PAT's LoRA and HSMs (the mask, or the subspace that the
+learned basis moves, comes on top). All contenders live in one process
+and take turns, step by step; each step is forward, backward, clipping, AdamW, and PAT's own callbacks, called by the
+Trainer's own handler at the moments at which the Trainer calls them. Before anything is timed, the logits of PAT at its
+start must be LoRA's, and those after compaction the masked model's. Weights and tokens are random, which changes no
+time. Peak memory is that of a fresh process for each contender, above what the process holds without a model.
+
+The limit is the ratio of the floating-point operations, counted while the step runs: what a step would take if all of
+its time were matrix products at the same speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from bench_hsm import measure
+from models import SHAPES, build, check_equal, conditions, floating_point_operations, logits, percentiles
+from results import Row, append
+from torch import Tensor, nn
+from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from pyprune import PAT
+from pyprune.architectures import describe
+from pyprune.evaluation import peak_memory
+from pyprune.methods import Method
+from pyprune.methods.lora import LoRA
+
+CONTENDERS = ("lora", "before", "masked", "compact")
+GOALS = {"before": ("lora", 1.15), "compact": ("before", 1 / 1.15)}  # at most so much of the other's time
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, dtype, basis of PAT and batch; `threads` for the processes that measure memory."""
+
+    shape: str
+    dtype: str
+    basis: str
+    tokens: int
+    window: int
+    threads: int
+
+    def __str__(self) -> str:
+        batch = f"batch={self.tokens // self.window}x{self.window}"
+        return f"{self.shape} {self.dtype} basis={self.basis} {batch}"
+
+    def ids(self) -> Tensor:
+        """The batch [tokens / window, window]."""
+        generator = torch.Generator().manual_seed(1)
+        vocabulary = SHAPES[self.shape]["vocab_size"]
+        return torch.randint(vocabulary, (self.tokens // self.window, self.window), generator=generator)
+
+
+class Tuning:
+    """A model in training. Steps are the Trainer's, without its data loading and logging."""
+
+    def __init__(self, model: nn.Module, method: Method, ids: Tensor, total_steps: int) -> None:
+        self.ids, self.method = ids, method
+        torch.manual_seed(0)
+        self.model = method.prepare(model, [ids]).train()
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
+        callbacks = [DefaultFlowCallback(), *method.callbacks()]
+        self.events = CallbackHandler(callbacks, self.model, None, self.optimizer, None)
+        self.state = TrainerState(max_steps=total_steps)
+        arguments = TrainingArguments(tempfile.gettempdir(), report_to="none", use_cpu=True)
+        self.context = (arguments, self.state, TrainerControl())
+        self.events.on_train_begin(*self.context)
+
+    def step(self) -> float:
+        """One optimiser step; returns the loss."""
+        self.events.on_step_begin(*self.context)
+        loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.events.on_pre_optimizer_step(*self.context)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.global_step += 1
+        self.events.on_step_end(*self.context)
+        return loss.item()
+
+    def parameters(self) -> int:
+        """How many are trained by the optimiser."""
+        return sum(parameter.numel() for parameter in self.trained)
+
+
+def contender(case: Case, name: str, trained: int) -> Tuning:
+    """One of `CONTENDERS`, in the state that is to be measured. `trained`: how many parameters LoRA is to have."""
+    model = build(case.shape, getattr(torch, case.dtype))
+    if name == "lora":
+        per_rank = sum(sum(weight.shape) for weight in _block_weights(model))
+        return Tuning(model, LoRA(lora_rank=max(1, round(trained / per_rank))), case.ids(), 1000)
+    after = name != "before"
+    method = PAT(ratio=0.25, round_to=16, basis=case.basis, milestone=0.5, compact=name == "compact")
+    tuning = Tuning(model, method, case.ids(), 4 if after else 100_000)
+    for _ in range(2 if after else 0):  # to the milestone
+        tuning.step()
+    return tuning
+
+
+def _block_weights(model: nn.Module) -> list[Tensor]:
+    decoder = describe(model)
+    linears = [linear for block in decoder.blocks for reads in block.reads for linear in reads.linears]
+    return [linear.weight for linear in (*linears, *(writer for block in decoder.blocks for writer in block.writes))]
+
+
+def contenders(case: Case) -> dict[str, Tuning]:
+    """All of them, checked against each other."""
+    before = contender(case, "before", 0)
+    found = {name: before if name == "before" else contender(case, name, before.parameters()) for name in CONTENDERS}
+    read = {name: logits(tuning.model, case.ids()[:1]) for name, tuning in found.items()}
+    dtype = getattr(torch, case.dtype)
+    check_equal("PAT at its start against LoRA at its start", read["before"], read["lora"], dtype)
+    check_equal("compact against masked", read["compact"], read["masked"], dtype)
+    return found
+
+
+def give_back() -> None:
+    """Returns freed memory to the system, so that what steps in the old shapes took is not counted later."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak(case: Case, name: str, trained: int) -> float | None:
+    """MiB that training takes at most, in this process; call it in a fresh one."""
+    torch.set_num_threads(case.threads)
+    with peak_memory() as empty:
+        pass
+    tuning = contender(case, name, trained)
+    tuning.step()  # the optimiser has its moments now
+    give_back()
+    with peak_memory() as full:
+        tuning.step()
+    return None if full.bytes is None or empty.bytes is None else (full.bytes - empty.bytes) / MEBIBYTE
+
+
+def peaks(case: Case, trained: int) -> dict[str, float | None]:
+    """`peak` of every contender."""
+    spawn = multiprocessing.get_context("spawn")
+    found = {}
+    for name in CONTENDERS:
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            found[name] = pool.submit(peak, case, name, trained).result()
+    return found
+
+
+def time_steps(case: Case, rounds: int, cpu_time: bool) -> tuple[list[Row], int]:
+    """Measures one case, prints its lines; returns them and how many parameters PAT trains."""
+    print(f"\nPAT step, {case}")
+    tunings = contenders(case)
+    operations = {name: floating_point_operations(tuning.step) for name, tuning in tunings.items()}
+    steps = {name: tuning.step for name, tuning in tunings.items()}
+    times = measure(steps, rounds, time.process_time if cpu_time else time.perf_counter)
+    trained = {name: tuning.parameters() for name, tuning in tunings.items()}
+    if not all(torch.isfinite(torch.tensor(tuning.step())) for tuning in tunings.values()):
+        raise SystemExit("a loss is not finite at the end: the times are of no training")
+    unit = "ms CPU time" if cpu_time else "ms"
+    found = {name: percentiles(values) for name, values in times.items()}
+    for name, (p20, p50, p80) in found.items():
+        print(f"  {name:7} {p50:9.1f} {unit}   ({p20:.1f} to {p80:.1f})   {trained[name]:,} parameters trained")
+    limits = {name: operations[name] / operations[other] for name, (other, _) in GOALS.items()}
+    for name, (other, goal) in GOALS.items():
+        ratio, limit = found[name][1] / found[other][1], limits[name]
+        print(
+            f"  {name} takes {ratio:.2f}x the time of {other}, {1 / ratio:.2f}x its speed (limit {limit:.2f}x, "
+            f"{1 / limit:.2f}x; goal {goal:.2f}x, {1 / goal:.2f}x: {'met' if ratio <= goal else 'not met'})"
+        )
+        found[f"limit of {name}"] = tuple(limit * time for time in found[other])
+    rows = [Row("pat step", str(case), name, unit, *values) for name, values in found.items()]
+    return rows, trained["before"]
+
+
+def memory(case: Case, trained: int) -> list[Row]:
+    """Measures the contenders' memory, prints its lines, and returns them."""
+    found = {name: value for name, value in peaks(case, trained).items() if value is not None}
+    for name, value in found.items():
+        print(f"  {name:7} {value:9.0f} MiB at most, {value / found['before']:.2f}x PAT before the milestone")
+    return [Row("pat step memory", str(case), name, "MiB", value, value, value) for name, value in found.items()]
+
+
+def main() -> None:
+    """Runs all combinations."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["smollm2-135m", "llama-2048"], choices=SHAPES)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--bases", nargs="+", default=["identity", "learned"], help="of PAT: identity, pca, learned")
+    parser.add_argument("--tokens", type=int, default=1024, help="in a step")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for one thread on a busy machine")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
+    parser.add_argument("--save", action="store_true", help="append to results.csv")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(conditions(arguments.threads) + (", CPU time" if arguments.cpu_time else ", wall time"))
+    rows = []
+    for shape in arguments.shapes:
+        for dtype in arguments.dtypes:
+            for basis in arguments.bases:
+                case = Case(shape, dtype, basis, arguments.tokens, arguments.window, arguments.threads)
+                timed, trained = time_steps(case, arguments.rounds, arguments.cpu_time)
+                gc.collect()
+                rows += timed + (memory(case, trained) if arguments.memory else [])
+    if arguments.save:
+        append(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Models of known shapes with random weights, the work that a step of one does, and what a benchmark checks them by."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import prod
+from statistics import quantiles
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import pyprune.ops  # noqa: F401  (registers torch.ops.pyprune)
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "llama-2048": {  # TinyLlama-1.1B, of whose 22 blocks these are 4
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+    "toy": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def build(shape: str, dtype: torch.dtype, **changes: Any) -> LlamaForCausalLM:
+    """A stock Llama of a shape in `SHAPES`, the same weights at every call; `changes` are config fields."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**SHAPES[shape], "max_position_embeddings": 8192, **changes})
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def conditions(threads: int) -> str:
+    """What a reader must know of the machine, as it is now."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    busy = "; others are at work here, so wall times are not to be trusted" if load + threads > cores + 0.5 else ""
+    return f"{threads} threads, {cores} cores, load {load:.1f}, torch {torch.__version__}{busy}"
+
+
+def percentiles(values: list[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th, as a row of results.csv wants them."""
+    tenths = quantiles(values, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]
+
+
+# ------------------------------------------------------------------------------------------------------------- limits
+
+
+def floating_point_operations(step: Callable[[], object]) -> int:
+    """How many a step's matrix products and attention do, counted while it runs. All else costs bytes, not products."""
+    ours = torch.ops.pyprune
+    counts = {
+        ours.hsm: lambda x, l0, v, l1, *_, **__: 2 * x[0] * l0[0] * (x[1] + l1[0]),
+        ours.hsm_backward: lambda grad, x, h, l0, v, l1, *_, **__: 4 * x[0] * l0[0] * (x[1] + l1[0]),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: _attention(q, k),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, *_, **__: (
+            2.5 * _attention(q, k)  # five products instead of two
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=counts) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
+def _attention(query: torch.Size, key: torch.Size) -> float:
+    """Two products, q k^T and the weighted sum of the values, of which the causal mask leaves half."""
+    return 2 * prod(query) * key[-2]
+
+
+# ------------------------------------------------------------------------------------------------------- verification
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Without dropout, in fp64."""
+    training = model.training
+    found = model.eval()(input_ids=ids, use_cache=False).logits.double()
+    model.train(training)
+    return found
+
+
+def check_equal(what: str, found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Ends the benchmark when logits differ by more than roundings: 1e-4 in fp32, eight units in the last place of
+    bf16, in the norm. A fault in a cut (a channel, a gain, a sign) is of the order of one."""
+    error = ((found - expected).norm() / expected.norm()).item()
+    allowed = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    if not error < allowed:
+        raise SystemExit(f"{what}: the logits differ by {error:.1e}, more than {allowed:.1e}: nothing was measured")
+    print(f"  checked: {what}, logits within {error:.1e} (allowed {allowed:.1e})")
+
+
+@contextmanager
+def masked(model: nn.Module, keep: Tensor) -> Iterator[nn.Module]:
+    """The model with all channels but `keep` of its residual stream set to zero."""
+    from pyprune.architectures import describe
+
+    decoder = describe(model)
+    mask = torch.zeros(decoder.hidden_size, dtype=next(model.parameters()).dtype).index_fill_(0, keep, 1)
+    hooks = [
+        writer.register_forward_hook(lambda module, args, output: output * mask)
+        for writer in decoder.writers().values()
+    ]
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,248 @@
+"""The quality of PAT on a real model: perplexity at several ratios beside prune-then-tune and LoRA on the dense model.
+
+    python benchmarks/pat_quality.py                    hours; stop it at will, the same command goes on
+    python benchmarks/pat_quality.py --table            the table of the README, from pat_quality.csv
+    python benchmarks/pat_quality.py --steps 120 --ratios 0.25 --bases learned identity
+
+Every method is tuned on the same tokens of the demo's text, exported, loaded again as a stock checkpoint, and measured
+on the same held-out text. LoRA depends on no ratio and is tuned once; prune-then-tune once for each ratio and each
+basis to cut in (the one of principal axes serves pca and learned). Each of these is one run folder under --out.
+The result is pat_quality.csv, one row for each, and the picture pat_quality.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from models import conditions
+from torch import get_num_threads, set_num_threads
+
+from pyprune import cli, data
+from pyprune.methods import find, like
+from pyprune.runs import Experiment, Recipe, open_run
+
+CSV = Path(__file__).with_name("pat_quality.csv")
+DEFAULTS = cli.DEMO | {"steps": 600, "warmup": 20, "eval_tokens": None}
+LABELS = {"pat": "PAT", "prune-then-tune": "prune, then tune", "lora": "dense, LoRA", "dense": "dense, untouched"}
+DENSE = ("dense", "lora")
+
+Cell = dict[str, str]  # one row of the csv
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One method with its options, in the run folder `name`."""
+
+    name: str
+    label: str
+    method: Any  # a Method; all of them are dataclasses
+
+
+def trials(ratios: Sequence[float], bases: Sequence[str], round_to: int) -> list[Trial]:
+    """What has to be run, each once, the cheapest comparison first."""
+    found = {"lora": Trial("lora", "lora", find("lora")())}
+    for ratio in ratios:
+        for basis in bases:
+            pat = find("pat")(ratio=ratio, basis=basis, round_to=round_to)
+            cut = like("prune-then-tune", dataclasses.replace(pat, basis=cut_basis(basis)))
+            for label, method in (("prune-then-tune", cut), ("pat", pat)):
+                name = f"{label}-{method.basis}-{ratio:g}"
+                found.setdefault(name, Trial(name, label, method))
+    return list(found.values())
+
+
+def cut_basis(basis: str) -> str:
+    """The basis in which prune-then-tune cuts, to be compared with PAT in `basis`."""
+    return "identity" if basis == "identity" else "pca"
+
+
+def run(trial: Trial, dense: Path, corpus: data.Corpus, recipe: Recipe, out: Path) -> dict[str, Any]:
+    """The summary of one trial, which is resumed or done already."""
+    config = {"method": trial.label} | dataclasses.asdict(trial.method) | dataclasses.asdict(recipe)
+    experiment = Experiment(dense, corpus, recipe, trial.label, trial.method, progress=True)
+    with open_run(out / trial.name, config, resume=True) as folder:
+        return experiment(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------ the csv
+
+
+def rows(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each summary, that of LoRA first, and before them one for the dense model as it came."""
+    first = summaries[0]
+    untouched = {"method": "dense", "perplexity": f"{first['ppl_dense']:.4f}", "steps": 0, "tokens_trained": 0}
+    untouched |= {"params": first["params_dense"], "block_params": first["block_params_dense"], "seconds": 0}
+    return [_row(first) | untouched, *map(_row, summaries)]
+
+
+def _row(summary: dict[str, Any]) -> dict[str, Any]:
+    hardware, versions = summary["hardware"], summary["versions"]
+    pruned = summary["ratio_achieved"] > 0
+    return {
+        "method": summary["method"],
+        "basis": summary["basis"] or "",
+        "ratio_requested": summary["ratio_requested"] or 0,
+        "ratio": f"{summary['ratio_achieved']:.4f}",
+        "perplexity": f"{summary['ppl_pruned']:.4f}",
+        "params": summary["params_pruned"],
+        "block_params": summary["block_params_pruned"],
+        "hidden_size": summary["hidden_size_pruned"],
+        "tied": summary["tied"],
+        "prefill_speedup": f"{summary['prefill_speedup']:.3f}" if pruned else "",
+        "decode_speedup": f"{summary['decode_speedup']:.3f}" if pruned else "",
+        "steps": summary["steps"],
+        "tokens_trained": summary["tokens_trained"],
+        "seconds": f"{summary['seconds']:.0f}",
+        "eval_tokens": summary["evaluation"]["tokens"],
+        "eval_window": summary["evaluation"]["window"],
+        "eval_stride": summary["evaluation"]["stride"],
+        "dtype": summary["dtype"],
+        "seed": summary["seed"],
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "hardware": hardware["gpu"] or hardware["cpu"],
+        "threads": hardware["threads"],
+        **{name: versions[name] for name in ("torch", "transformers", "peft", "pyprune")},
+        "commit": (summary["commit"] or "unknown")[:12],
+    }
+
+
+def check(summaries: Sequence[dict[str, Any]]) -> None:
+    """Ends when the rows cannot be compared: other text, other held-out tokens, another budget or dense model."""
+    for key in ("evaluation", "data", "tokens_trained", "steps", "seed", "dtype", "ppl_dense", "params_dense"):
+        values = [summary[key] for summary in summaries]
+        if any(value != values[0] for value in values):
+            raise SystemExit(f"the runs differ in {key}: {values}; they are no comparison, nothing was written")
+
+
+def write_csv(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """Replaces the file."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def read_csv(path: Path) -> list[Cell]:
+    """The rows that `write_csv` wrote. Raises SystemExit when there are none yet."""
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist; run this script without --table first")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------------------------------- the table and the picture
+
+
+def lines(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
+    """The pruned rows by (method, basis), each in order of its ratio; PAT first."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    pruned = [cell for cell in cells if cell["method"] not in DENSE]
+    for cell in sorted(
+        pruned, key=lambda cell: (list(LABELS).index(cell["method"]), cell["basis"], float(cell["ratio"]))
+    ):
+        found.setdefault((cell["method"], cell["basis"]), []).append(cell)
+    return found
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Markdown: one line for each ratio, a column of perplexity for each method, and below what it was measured on."""
+    columns, dense = lines(cells), {cell["method"]: cell for cell in cells if cell["method"] in DENSE}
+    names = [f"{LABELS[method]} ({basis})" for method, basis in columns]
+    head = ["hidden channels", "parameters", *names, "prefill", "decode"]
+    body = [
+        [f"{cell['hidden_size']}, {LABELS[name]}", _millions(cell), *[_short(cell)] * len(names), "1.00x", "1.00x"]
+        for name, cell in dense.items()
+    ]
+    for ratio in sorted({cell["ratio"] for line in columns.values() for cell in line}, key=float):
+        here = {key: cell for key, line in columns.items() for cell in line if cell["ratio"] == ratio}
+        pat = next(iter(here.values()))
+        figures = [_short(here[key]) if key in here else "" for key in columns]
+        speeds = [f"{float(pat[f'{phase}_speedup']):.2f}x" for phase in ("prefill", "decode")]
+        body.append([f"{pat['hidden_size']} (-{float(ratio):.0%})", _millions(pat), *figures, *speeds])
+    text = ["| " + " | ".join(line) + " |" for line in (head, ["---", *["---:"] * (len(head) - 1)], *body)]
+    tuned = next(cell for cell in cells if cell["method"] != "dense")
+    note = (
+        f"Perplexity on {int(tuned['eval_tokens']):,} held-out tokens of {data.DEMO_TEXT} (window "
+        f"{tuned['eval_window']}, stride {tuned['eval_stride']}); {data.DEMO_MODEL}; every tuned row read "
+        f"{int(tuned['tokens_trained']):,} tokens, seed {tuned['seed']}, {tuned['dtype']}. Speed beside the dense "
+        f"model in the same run, {tuned['threads']} threads of {tuned['hardware']}; torch {tuned['torch']}, commit "
+        f"{tuned['commit']}."
+    )
+    return "\n".join([*text, "", note])
+
+
+def _short(cell: Cell) -> str:
+    return f"{float(cell['perplexity']):.2f}"
+
+
+def _millions(cell: Cell) -> str:
+    return f"{int(cell['params']) / 1e6:.1f}M"
+
+
+def picture(cells: Sequence[Cell], path: Path) -> None:
+    """Perplexity over the share of hidden channels that went: a line for each method, level ones for dense models."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+    for (method, basis), line in lines(cells).items():
+        x, y = [100 * float(cell["ratio"]) for cell in line], [float(cell["perplexity"]) for cell in line]
+        style = {"marker": "o", "linestyle": "-"} if method == "pat" else {"marker": "s", "linestyle": "--"}
+        axes.plot(x, y, label=f"{LABELS[method]} ({basis})", linewidth=2, **style)
+        for point in zip(x, y, strict=True):
+            axes.annotate(f"{point[1]:.1f}", point, textcoords="offset points", xytext=(0, 6), ha="center", fontsize=9)
+    for name, style in (("dense", ":"), ("lora", "-.")):
+        for cell in cells:
+            if cell["method"] == name:
+                value = float(cell["perplexity"])
+                axes.axhline(value, color="gray", linestyle=style, label=f"{LABELS[name]}: {value:.1f}")
+    tuned = next(cell for cell in cells if cell["method"] != "dense")
+    axes.set_xlabel("hidden channels removed (%)")
+    axes.set_ylabel(f"perplexity, {int(tuned['eval_tokens']):,} held-out tokens")
+    axes.set_title(f"SmolLM2-135M (4-bit-rounded), {int(tuned['tokens_trained']):,} tokens of tuning each", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    figure.savefig(path, dpi=160)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Runs what is not done yet, or prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table of pat_quality.csv and run nothing")
+    parser.add_argument("--out", type=Path, default=Path("runs/pat_quality"), help="where the run folders are")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.10, 0.20, 0.25, 0.30])
+    parser.add_argument("--bases", nargs="+", default=["learned"], help="of PAT: identity, pca, learned")
+    parser.add_argument("--round-to", type=int, default=1, help="as for `pyprune tune`; 1 keeps the ratios apart")
+    parser.add_argument("--threads", type=int, default=get_num_threads())
+    cli.add_fields(parser, Recipe, DEFAULTS)
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(read_csv(CSV)))
+        return
+    set_num_threads(arguments.threads)
+    print(conditions(arguments.threads))
+    recipe: Recipe = cli.from_fields(Recipe, arguments)
+    dense, corpus = arguments.out / "dense", data.demo_text()
+    if not dense.exists():
+        data.demo_model(dense)
+    summaries = []
+    for trial in trials(arguments.ratios, arguments.bases, arguments.round_to):
+        summaries.append(run(trial, dense, corpus, recipe, arguments.out))
+        print(f"{trial.name}: perplexity {summaries[-1]['ppl_pruned']:.2f}", flush=True)
+    check(summaries)
+    write_csv(rows(summaries), CSV)
+    picture(read_csv(CSV), CSV.with_suffix(".png"))
+    print(table(read_csv(CSV)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Every benchmark runs at toy size, keeps its rows, and refuses to measure a wrong result."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyprune import ops, surgery
+from pyprune.architectures import Decoder
+from pyprune.data import Corpus, Document
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PAT_STEP = "--shapes toy --dtypes float32 --bases learned --tokens 32 --window 16 --rounds 2 --threads 1 --no-memory"
+EXPORT = "--shape toy --layers 2 --dtypes float32 --prompts 16 --new-tokens 1 --repeats 2 --threads 1"
+HSM = "--tokens 8 --hidden 32 --rank 4 --rounds 2 --threads 1 --dtypes float32"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs a script with arguments and --save; returns the rows that it kept."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(importlib.import_module("results"), "RESULTS", tmp_path / "results.csv")
+
+    def run(name: str, arguments: str) -> list[dict[str, str]]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments.split(), "--save"])
+        importlib.import_module(name).main()
+        with (tmp_path / "results.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    return run
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes minutes; its contender is eager here."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+
+
+def test_hsm(script: Any, no_compiler: None) -> None:
+    kept = script("bench_hsm", HSM)
+    assert len(kept) == 2 * 2 * 5  # ops, directions, contenders and limits
+
+
+def test_hsm_refuses_a_wrong_result(script: Any, no_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("bench_hsm")
+    right = module.eager_hsm
+    monkeypatch.setattr(module, "eager_hsm", lambda *tensors: 1.001 * right(*tensors))
+    with pytest.raises(SystemExit, match="hsm: eager is off by"):
+        script("bench_hsm", HSM)
+
+
+def test_pat_step(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = script("bench_pat_step", PAT_STEP)
+    by_provider = {row["provider"]: float(row["p50"]) for row in kept}
+    assert list(by_provider) == ["lora", "before", "masked", "compact", "limit of before", "limit of compact"]
+    assert all(value > 0 for value in by_provider.values())
+    assert "compact against masked" in capsys.readouterr().out
+
+
+def test_pat_step_refuses_a_wrong_compaction(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decoder, "set_gain", lambda *arguments: None)
+    with pytest.raises(SystemExit, match="compact against masked"):
+        script("bench_pat_step", PAT_STEP)
+
+
+def test_pat_step_counts_what_a_step_multiplies(script: Any) -> None:
+    """By hand, for each token: a frozen weight is in two products (output, gradient of the input), others in three."""
+    models, module = importlib.import_module("models"), importlib.import_module("bench_pat_step")
+    case = module.Case("toy", "float32", "identity", 32, 16, 1)
+    lora = module.contender(case, "lora", 1)  # rank 1
+    before = module.contender(case, "before", 0)  # rank 20, HSMs of rank 3
+    hidden, inner, kv, blocks, vocabulary = 64, 96, 32, 2, 128
+    block = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
+    adapters = 4 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner)  # of one block, for each rank
+    frozen = 4 * (blocks * block + vocabulary * hidden)
+    attention = blocks * (2 + 5) * 16 * hidden  # two products and five, of which the causal mask leaves half
+    # LoRA has nothing to train before the first q, k and v, so these need no gradient of their input; PAT has the mask
+    unneeded = 2 * hidden * (hidden + 2 * kv) + 2 * 3 * hidden
+    assert models.floating_point_operations(lora.step) == 32 * (frozen + 6 * blocks * adapters + attention - unneeded)
+    hsms = 2 * blocks * 6 * 2 * hidden * 3
+    identity_loss = 2 * blocks * 2 * 3 * 2 * hidden * 3**2  # of l0 and l1, once a step
+    per_token = frozen + 6 * blocks * adapters * 20 + attention + hsms
+    assert models.floating_point_operations(before.step) == 32 * per_token + identity_loss
+
+
+def test_pat_step_memory(script: Any) -> None:
+    module = importlib.import_module("bench_pat_step")
+    found = module.peak(module.Case("toy", "float32", "identity", 2048, 64, 1), "compact", 0)
+    logits_bytes = 2048 * 128 * 4
+    assert found * module.MEBIBYTE > logits_bytes
+
+
+def test_export(script: Any) -> None:
+    kept = script("bench_export", EXPORT)
+    assert [row["provider"] for row in kept] == 2 * ["dense", "pruned", "limit"]
+
+
+def test_export_refuses_a_wrong_cut(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = surgery.slice_hidden
+    monkeypatch.setattr(surgery, "slice_hidden", lambda model, keep: right(model, keep + 1))
+    with pytest.raises(SystemExit, match="exported against masked"):
+        script("bench_export", EXPORT)
+
+
+def test_host(script: Any) -> None:
+    kept = script("bench_host", "--seconds 0.001")
+    assert len(kept) == 2 * 3 + 2 * 2
+    assert {row["unit"] for row in kept} == {"us"}
+
+
+def test_host_refuses_a_wrong_result(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.hsm
+    module = importlib.import_module("bench_host")
+    monkeypatch.setitem(module.FUSED, "hsm", lambda *tensors: 1.001 * right(*tensors))
+    with pytest.raises(SystemExit, match="a result is wrong"):
+        script("bench_host", "--seconds 0.001")
+
+
+@pytest.fixture
+def quality(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path, prose: str) -> Any:
+    """The long recipe on a tiny model; call it with a ratio to get the csv's rows."""
+    module = importlib.import_module("pat_quality")
+    documents = [Document(text) for text in prose.split("\n\n")]
+    corpus = Corpus(documents[:-4], documents[-6:-4], documents[-4:], "prose")
+    monkeypatch.setattr(module, "CSV", tmp_path / "pat_quality.csv")
+    monkeypatch.setattr(module.data, "demo_text", lambda: corpus)
+    monkeypatch.setattr(
+        module.data, "demo_model", lambda folder: folder.parent.mkdir() or folder.symlink_to(tiny_llama)
+    )
+    options = (
+        "--steps 4 --batch-size 2 --window 16 --warmup 0 --dtype float32 --eval-window 64 --prompt-tokens 8 "
+        f"--new-tokens 1 --repeats 1 --calibration-windows 4 --threads 1 --out {tmp_path / 'runs'}"
+    )
+
+    def run(arguments: str) -> list[dict[str, str]]:
+        monkeypatch.setattr(sys, "argv", ["pat_quality.py", *f"{options} {arguments}".split()])
+        module.main()
+        return module.read_csv(module.CSV)
+
+    return run
+
+
+def test_quality(quality: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = quality("--ratios 0.25 --bases learned pca")
+    methods = [(cell["method"], cell["basis"], cell["hidden_size"]) for cell in cells]
+    cut = [("prune-then-tune", "pca", "24"), ("pat", "learned", "24"), ("pat", "pca", "24")]
+    assert methods == [("dense", "", "32"), ("lora", "", "32"), *cut]
+    assert (tmp_path / "pat_quality.png").read_bytes().startswith(b"\x89PNG")
+    table = capsys.readouterr().out.split("\n\n")[0].splitlines()[-5:]
+    assert table[0].count("|") == table[-1].count("|") == 8
+    assert table[-1].startswith("| 24 (-25%) |")
+    for cell in cells[2:]:
+        assert f"{float(cell['perplexity']):.2f}" in table[-1]
+    before = (tmp_path / "pat_quality.csv").read_text()
+    quality("--ratios 0.25 --bases learned pca")  # done already, so nothing is trained again
+    assert (tmp_path / "pat_quality.csv").read_text() == before
+
+
+def test_quality_refuses_runs_that_are_no_comparison(script: Any) -> None:
+    module = importlib.import_module("pat_quality")
+    same = {key: 1 for key in ("data", "tokens_trained", "steps", "seed", "dtype", "ppl_dense", "params_dense")}
+    summaries = [{**same, "evaluation": {"tokens": tokens}} for tokens in (100, 101)]
+    with pytest.raises(SystemExit, match="evaluation"):
+        module.check(summaries)
