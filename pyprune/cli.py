@@ -150,11 +150,18 @@ def _baselines(text: str) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- demo and tune
 
 DEMO: dict[str, Any] = {
-    "steps": 120,
+    "steps": 48,
     "batch_size": 4,
     "window": 256,
+    "learning_rate": 1e-3,
+    "warmup": 4,
     "dtype": "bfloat16",
     "eval_tokens": 16384,
+    "round_to": 16,
+    "lora_rank": 16,
+    "lora_alpha": 16.0,
+    "milestone": 2 / 3,
+    "save_every": 16,
 }
 
 
