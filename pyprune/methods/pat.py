@@ -109,6 +109,8 @@ class PAT(Pruning):
         super().__post_init__()
         if self.basis not in ("identity", "pca", "learned"):
             raise ValueError(f"basis is {self.basis!r}; expected identity, pca or learned")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank is {self.rank}; expected at least 1")
         if not 0 < self.milestone < 1:
             raise ValueError(f"milestone is {self.milestone}; expected a share of the steps between 0 and 1")
         if self.basis == "learned" and self.dora:
@@ -117,6 +119,13 @@ class PAT(Pruning):
                 "outputs; use basis='pca' with DoRA, or LoRA"
             )
         self._tuning: _Tuning | None = None
+
+    def check(self, model: nn.Module) -> None:
+        """As of all methods that prune; also, the HSMs' rank must fit."""
+        super().check(model)
+        hidden_size = describe(model).hidden_size
+        if self.rank is not None and self.rank > hidden_size:
+            raise ValueError(f"rank is {self.rank}; expected at most the hidden size, {hidden_size}")
 
     def prepare(
         self, model: nn.Module, calibration: Sequence[Tensor] | None = None, resume: Path | None = None
@@ -135,7 +144,8 @@ class PAT(Pruning):
         self.check(model)
         structure = load_file(resume / STRUCTURE) if resume else {}
         if self.basis != "identity":
-            structure.setdefault("basis", principal_axes(model, calibration) if not resume else torch.empty(0))
+            if resume is None:
+                structure["basis"] = principal_axes(model, calibration)
             basis.rotate(model, structure["basis"])
         model = self.adapt(model)
         self._tuning = _Tuning(self, model, structure)
@@ -155,7 +165,9 @@ class PAT(Pruning):
         Raises:
             RuntimeError: training ended before the milestone, so nothing has been chosen yet.
         """
-        return self._prepared("finalize").finish(model)
+        final = self._prepared("finalize").finish(model)
+        self._tuning = None  # it holds the HSMs and the model
+        return final
 
     def _prepared(self, what: str) -> _Tuning:
         if self._tuning is None:
@@ -249,7 +261,7 @@ class _Tuning:
     def save(self, folder: Path) -> None:
         """Writes what `prepare(resume=folder)` needs."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.structure.items()}
-        save_file(tensors or {"none": torch.empty(0)}, folder / STRUCTURE)
+        save_file(tensors, folder / STRUCTURE)
 
     def finish(self, model: nn.Module) -> nn.Module:
         if not self.frozen:
@@ -279,6 +291,11 @@ class _Callback(TrainerCallback):
     ) -> None:
         if args.fp16:
             raise ValueError("fp16 training scales its gradients, which the mask reads; use bf16=True, or fp32")
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end would put the adapters of one step beside the HSMs and channels of another; "
+                "leave it off, or train fewer steps"
+            )
         self.milestone = max(1, round(self.tuning.options.milestone * state.max_steps))
         if self.milestone >= state.max_steps:
             raise ValueError(f"milestone: {self.milestone} of {state.max_steps} steps; train at least 2 steps")
@@ -303,7 +320,8 @@ class _Callback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs")
         if logs is not None and "loss" in logs:
-            logs |= self.figures
+            logs |= self.figures  # for the callbacks behind this one
+            state.log_history[-1] |= self.figures
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"  # type: ignore[arg-type]

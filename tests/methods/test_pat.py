@@ -270,12 +270,18 @@ def test_bad_input(tmp_path: Path) -> None:
         kept_channels(describe(tiny("qwen2")), 0.9, 8)
     with pytest.raises(ValueError, match="basis is 'svd'"):
         pat("svd")
+    with pytest.raises(ValueError, match="rank is 0"):
+        pat(rank=0)
+    with pytest.raises(ValueError, match="rank is 25; expected at most the hidden size, 24"):
+        prepared(pat(rank=25))
     with pytest.raises(ValueError, match="calibration"):
         pat("pca").prepare(tiny("llama", False, torch.float32))
     with pytest.raises(ValueError, match="DoRA"):
         pat("learned", dora=True)
     with pytest.raises(RuntimeError, match="call prepare"):
         pat().callback()
+    with pytest.raises(RuntimeError, match="keeps 8 channels at the milestone, not 5"):
+        UnifiedMask(8, 5, 0.1).freeze()
     method = pat()
     model = prepared(method)
     with pytest.raises(RuntimeError, match="has not reached the milestone"):

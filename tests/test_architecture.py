@@ -1,0 +1,81 @@
+"""The arrows of docs/architecture.md, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# From the ground up: a module imports only from rows above its own, or its own package's __init__ for the version.
+ROWS = [
+    ["_native", "reference", "console", "architectures", "models", "methods"],
+    ["_cpu", "surgery"],
+    ["_cuda", "basis", "data", "evaluation"],
+    ["ops", "training"],
+    ["modules", "info"],
+    ["methods.lora"],
+    ["methods.pat"],
+    ["methods.prune_then_tune"],
+    ["runs"],
+    ["cli"],
+    ["__main__"],
+]
+
+
+def modules() -> dict[str, Path]:
+    """Every module below pyprune, by its name there; the package itself, which imports lazily by name, is left out."""
+    found = {}
+    for path in (ROOT / "pyprune").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT / "pyprune").with_suffix("").parts).removesuffix(".__init__")
+        found[name] = path
+    del found["__init__"]
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Names of modules below pyprune that a file imports, anywhere in it, and of other top-level packages."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.removeprefix("pyprune.") if name.startswith("pyprune.") else name.split(".")[0] for name in names}
+
+
+def test_arrows_run_one_way() -> None:
+    height = {name: row for row, names in enumerate(ROWS) for name in names}
+    assert height.keys() == modules().keys()
+    wrong = [
+        f"{name} -> {other}"
+        for name, path in modules().items()
+        for other in imported(path) & height.keys()
+        if height[other] >= height[name]
+    ]
+    assert wrong == []
+
+
+def test_ops_know_no_model_and_commands_start_quickly() -> None:
+    found = {name: imported(path) for name, path in modules().items()}
+    for name in ("_native", "_cpu", "_cuda", "reference", "ops", "modules", "info"):
+        assert not found[name] & {"transformers", "peft", "accelerate", "datasets", "rich"}, name
+    head = ast.parse(modules()["cli"].read_text()).body
+    assert not any("torch" in ast.unparse(node) for node in head if isinstance(node, (ast.Import, ast.ImportFrom)))
+
+
+def test_csrc_includes_no_torch() -> None:
+    includes = {
+        name for path in (ROOT / "csrc").iterdir() for name in re.findall(r'#include [<"](.*?)[>"]', path.read_text())
+    }
+    assert includes and not [name for name in includes if re.match("torch|ATen|c10", name)]
+
+
+def test_only_architectures_knows_families() -> None:
+    """No other file names an attribute of a decoder's blocks, or a class of transformers' models."""
+    parts = r"\.(self_attn|mlp|q_proj|o_proj|down_proj|embed_tokens|lm_head|input_layernorm)\b"
+    classes = r"\b(Llama|Qwen|Gemma|Mistral|Phi)\w*For"
+    for name, path in modules().items():
+        code = ast.unparse(ast.parse(path.read_text(encoding="utf-8")))
+        code = re.sub(r'"""[\s\S]*?"""|\'\'\'[\s\S]*?\'\'\'', "", code)
+        assert name == "architectures" or not re.search(f"{parts}|{classes}", code), name
