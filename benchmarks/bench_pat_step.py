@@ -3,11 +3,11 @@
     python benchmarks/bench_pat_step.py --threads 2 --save
 
 LoRA gets the rank with which it trains as many parameters as PAT's LoRA and HSMs (the mask, or the subspace that the
-learned basis moves, comes on top). All contenders live in one process
-and take turns, step by step; each step is forward, backward, clipping, AdamW, and PAT's own callbacks, called by the
-Trainer's own handler at the moments at which the Trainer calls them. Before anything is timed, the logits of PAT at its
-start must be LoRA's, and those after compaction the masked model's. Weights and tokens are random, which changes no
-time. Peak memory is that of a fresh process for each contender, above what the process holds without a model.
+learned basis moves, comes on top). All contenders live in one process and take turns, step by step; each step is
+forward, backward, clipping, AdamW, and PAT's own callbacks, called by the Trainer's own handler at the moments at which
+the Trainer calls them. Before anything is timed, the logits of PAT at its start must be LoRA's, and those after
+compaction the masked model's. Weights and tokens are random, which changes no time. Peak memory is that of a fresh
+process for each contender, above what the process holds without a model.
 
 The limit is the ratio of the floating-point operations, counted while the step runs: what a step would take if all of
 its time were matrix products at the same speed.

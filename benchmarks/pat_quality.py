@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -154,17 +154,25 @@ def table(cells: Sequence[Cell]) -> str:
     """Markdown: one line for each ratio, a column of perplexity for each method, and below what it was measured on."""
     columns, dense = lines(cells), {cell["method"]: cell for cell in cells if cell["method"] in DENSE}
     names = [f"{LABELS[method]} ({basis})" for method, basis in columns]
-    head = ["hidden channels", "parameters", *names, "prefill", "decode"]
+    head = ["hidden channels", "parameters", "dense", *names, "prefill", "decode"]
     body = [
-        [f"{cell['hidden_size']}, {LABELS[name]}", _millions(cell), *[_short(cell)] * len(names), "1.00x", "1.00x"]
+        [
+            f"{cell['hidden_size']} ({LABELS[name]})",
+            _millions([cell]),
+            _short(cell),
+            *[""] * len(names),
+            "1.00x",
+            "1.00x",
+        ]
         for name, cell in dense.items()
     ]
     for ratio in sorted({cell["ratio"] for line in columns.values() for cell in line}, key=float):
         here = {key: cell for key, line in columns.items() for cell in line if cell["ratio"] == ratio}
-        pat = next(iter(here.values()))
+        cell = next(iter(here.values()))
         figures = [_short(here[key]) if key in here else "" for key in columns]
-        speeds = [f"{float(pat[f'{phase}_speedup']):.2f}x" for phase in ("prefill", "decode")]
-        body.append([f"{pat['hidden_size']} (-{float(ratio):.0%})", _millions(pat), *figures, *speeds])
+        speeds = [f"{float(cell[f'{phase}_speedup']):.2f}x" for phase in ("prefill", "decode")]
+        name = f"{cell['hidden_size']} (-{float(ratio):.0%})"
+        body.append([name, _millions(here.values()), "", *figures, *speeds])
     text = ["| " + " | ".join(line) + " |" for line in (head, ["---", *["---:"] * (len(head) - 1)], *body)]
     tuned = next(cell for cell in cells if cell["method"] != "dense")
     note = (
@@ -181,8 +189,9 @@ def _short(cell: Cell) -> str:
     return f"{float(cell['perplexity']):.2f}"
 
 
-def _millions(cell: Cell) -> str:
-    return f"{int(cell['params']) / 1e6:.1f}M"
+def _millions(cells: Iterable[Cell]) -> str:
+    """Unique parameters; the methods differ in them where one unties the head from the embedding."""
+    return " / ".join(dict.fromkeys(f"{int(cell['params']) / 1e6:.1f}M" for cell in cells))
 
 
 def picture(cells: Sequence[Cell], path: Path) -> None:
@@ -192,13 +201,15 @@ def picture(cells: Sequence[Cell], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.5, 5.6), layout="constrained")
     for (method, basis), line in lines(cells).items():
         x, y = [100 * float(cell["ratio"]) for cell in line], [float(cell["perplexity"]) for cell in line]
-        style = {"marker": "o", "linestyle": "-"} if method == "pat" else {"marker": "s", "linestyle": "--"}
+        ours = method == "pat"
+        style = {"marker": "o", "linestyle": "-"} if ours else {"marker": "s", "linestyle": "--"}
         axes.plot(x, y, label=f"{LABELS[method]} ({basis})", linewidth=2, **style)
         for point in zip(x, y, strict=True):
-            axes.annotate(f"{point[1]:.1f}", point, textcoords="offset points", xytext=(0, 6), ha="center", fontsize=9)
+            beside = {"xytext": (0, -14 if ours else 7), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+            axes.annotate(f"{point[1]:.1f}", point, **beside)
     for name, style in (("dense", ":"), ("lora", "-.")):
         for cell in cells:
             if cell["method"] == name:
@@ -209,7 +220,7 @@ def picture(cells: Sequence[Cell], path: Path) -> None:
     axes.set_ylabel(f"perplexity, {int(tuned['eval_tokens']):,} held-out tokens")
     axes.set_title(f"SmolLM2-135M (4-bit-rounded), {int(tuned['tokens_trained']):,} tokens of tuning each", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     figure.savefig(path, dpi=160)
     pyplot.close(figure)
 

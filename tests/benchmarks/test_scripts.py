@@ -153,7 +153,7 @@ def test_quality(quality: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert methods == [("dense", "", "32"), ("lora", "", "32"), *cut]
     assert (tmp_path / "pat_quality.png").read_bytes().startswith(b"\x89PNG")
     table = capsys.readouterr().out.split("\n\n")[0].splitlines()[-5:]
-    assert table[0].count("|") == table[-1].count("|") == 8
+    assert table[0].count("|") == table[-1].count("|") == 9
     assert table[-1].startswith("| 24 (-25%) |")
     for cell in cells[2:]:
         assert f"{float(cell['perplexity']):.2f}" in table[-1]
