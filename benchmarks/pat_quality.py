@@ -28,7 +28,8 @@ from pyprune.methods import find, like
 from pyprune.runs import Experiment, Recipe, open_run
 
 CSV = Path(__file__).with_name("pat_quality.csv")
-DEFAULTS = cli.DEMO | {"steps": 600, "warmup": 20, "eval_tokens": None}
+# the demo's recipe, longer, on all of the held-out text; round_to 1 keeps the ratios apart
+DEFAULTS = cli.DEMO | {"steps": 600, "warmup": 20, "eval_tokens": None, "save_every": None, "round_to": 1}
 LABELS = {"pat": "PAT", "prune-then-tune": "prune, then tune", "lora": "dense, LoRA", "dense": "dense, untouched"}
 DENSE = ("dense", "lora")
 
@@ -44,12 +45,12 @@ class Trial:
     method: Any  # a Method; all of them are dataclasses
 
 
-def trials(ratios: Sequence[float], bases: Sequence[str], round_to: int) -> list[Trial]:
-    """What has to be run, each once, the cheapest comparison first."""
-    found = {"lora": Trial("lora", "lora", find("lora")())}
+def trials(pattern: Any, ratios: Sequence[float], bases: Sequence[str]) -> list[Trial]:
+    """What has to be run, each once: `pattern`, a PAT, at every ratio and basis, and what it is compared with."""
+    found = {"lora": Trial("lora", "lora", like("lora", pattern))}
     for ratio in ratios:
         for basis in bases:
-            pat = find("pat")(ratio=ratio, basis=basis, round_to=round_to)
+            pat = dataclasses.replace(pattern, ratio=ratio, basis=basis)
             cut = like("prune-then-tune", dataclasses.replace(pat, basis=cut_basis(basis)))
             for label, method in (("prune-then-tune", cut), ("pat", pat)):
                 name = f"{label}-{method.basis}-{ratio:g}"
@@ -227,26 +228,31 @@ def picture(cells: Sequence[Cell], path: Path) -> None:
 
 def main() -> None:
     """Runs what is not done yet, or prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
+    )
     parser.add_argument("--table", action="store_true", help="print the table of pat_quality.csv and run nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/pat_quality"), help="where the run folders are")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.10, 0.20, 0.25, 0.30])
-    parser.add_argument("--bases", nargs="+", default=["learned"], help="of PAT: identity, pca, learned")
-    parser.add_argument("--round-to", type=int, default=1, help="as for `pyprune tune`; 1 keeps the ratios apart")
-    parser.add_argument("--threads", type=int, default=get_num_threads())
+    cli.add_fields(parser, find("pat"), DEFAULTS)
     cli.add_fields(parser, Recipe, DEFAULTS)
+    parser.set_defaults(ratio=0.25, basis="learned")  # every trial puts its own in their place
+    parser.add_argument("--ratio", "--ratios", dest="ratios", type=float, nargs="+", default=[0.10, 0.20, 0.25, 0.30])
+    parser.add_argument(
+        "--basis", "--bases", dest="bases", nargs="+", default=["learned"], help="of PAT: identity, pca, learned"
+    )
+    parser.add_argument("--threads", type=int, default=get_num_threads())
     arguments = parser.parse_args()
     if arguments.table:
         print(table(read_csv(CSV)))
         return
     set_num_threads(arguments.threads)
     print(conditions(arguments.threads))
-    recipe: Recipe = cli.from_fields(Recipe, arguments)
+    recipe, pattern = cli.from_fields(Recipe, arguments), cli.from_fields(find("pat"), arguments)
     dense, corpus = arguments.out / "dense", data.demo_text()
     if not dense.exists():
         data.demo_model(dense)
     summaries = []
-    for trial in trials(arguments.ratios, arguments.bases, arguments.round_to):
+    for trial in trials(pattern, arguments.ratios, arguments.bases):
         summaries.append(run(trial, dense, corpus, recipe, arguments.out))
         print(f"{trial.name}: perplexity {summaries[-1]['ppl_pruned']:.2f}", flush=True)
     check(summaries)
