@@ -197,7 +197,10 @@ def file_corpus(path: str | Path, held_out: str | Path | None, tokenizer: Any, f
     also stand in the other are left out of training."""
     documents = read_documents(path, tokenizer)
     if held_out is None:
-        train, held = split_held_out(documents, fraction)
+        try:
+            train, held = split_held_out(documents, fraction)
+        except DataError as error:
+            raise DataError(f"data file {path}: {error}") from error
         return Corpus(train, train, held, f"{path}, {len(held)} of {len(documents)} documents held out")
     held = read_documents(held_out, tokenizer)
     texts = {document.text for document in held}
@@ -231,7 +234,8 @@ class TokenStream:
         count = len(self) // body
         if count == 0:
             raise DataError(
-                f"the text has {len(self)} tokens, fewer than one window of {body}; give more text or a smaller window"
+                f"the text to train on has {len(self)} tokens, fewer than one window of {body}; give more text or a "
+                "smaller window"
             )
         ids, labels = (x[: count * body].view(count, body) for x in (self.ids, self.labels))
         if self.bos is not None:

@@ -55,6 +55,8 @@ def perplexity(
     for models that expect one (the stream's first token is then scored too). Logits are scored in fp32 and summed
     in fp64.
     """
+    if window < 1:
+        raise ValueError(f"window is {window}; expected at least 1")
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
         raise ValueError(f"stride is {stride}; expected 1 to the window of {window}, so that no token is skipped")
@@ -75,6 +77,8 @@ def perplexity(
             tokens += int(counted[scored:end].sum())
     if tokens == 0:
         raise ValueError("labels leave no token to score; give a text with trained tokens")
+    if math.isnan(total):
+        raise ValueError("the model's logits are not numbers (NaN); check its weights, or load it in float32")
     nll_mean = total / tokens
     value = math.exp(nll_mean) if nll_mean < 700 else math.inf
     return Perplexity(value, nll_mean, tokens, window, stride)

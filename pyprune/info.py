@@ -15,7 +15,8 @@ from pyprune import _native, ops
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -61,7 +62,7 @@ def report() -> dict[str, Any]:
         "pyprune": pyprune.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": {package: version_of(package) for package in PACKAGES},
         "compiled": _native.module is not None,
         "why_not_compiled": _native.why_missing,
         "build": _native.build_info,

@@ -41,6 +41,15 @@ _CONVERT = (
 )
 
 
+def _refusal(path: str | Path, what: str, error: Exception) -> ModelError:
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"model {path} brings code of its own, which is run only when asked for: read it, and if you trust it pass "
+            "--trust-remote-code (trust_remote_code=True in Python)"
+        )
+    return ModelError(f"model {path}: {what}: {error}")
+
+
 def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint."""
     from transformers import AutoTokenizer
@@ -49,7 +58,7 @@ def open_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {path}: its tokenizer cannot be read: {error}") from error
+        raise _refusal(path, "its tokenizer cannot be read", error) from error
 
 
 def open_skeleton(path: str | Path, trust_remote_code: bool = False) -> nn.Module:
@@ -62,7 +71,7 @@ def open_skeleton(path: str | Path, trust_remote_code: bool = False) -> nn.Modul
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {path}: its config.json cannot be used: {error}") from error
+        raise _refusal(path, "its config.json cannot be used", error) from error
 
 
 def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
@@ -78,5 +87,5 @@ def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = 
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"model {path} cannot be loaded: {error}") from error
+        raise _refusal(path, "it cannot be loaded", error) from error
     return nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")

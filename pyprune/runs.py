@@ -10,7 +10,6 @@ import dataclasses
 import errno
 import gc
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from torch import nn
 from pyprune import evaluation, surgery
 from pyprune.architectures import describe
 from pyprune.data import Corpus, DataError, TokenStream, encode
+from pyprune.info import processor, version_of
 from pyprune.methods import Method, like, option
 from pyprune.models import open_model, open_skeleton, open_tokenizer
 from pyprune.training import Tuned, latest_checkpoint, tune, write_atomically
@@ -240,6 +240,11 @@ class Experiment:
         held_out = encode(corpus.held_out, self.tokenizer)
         end = recipe.eval_tokens or len(held_out)
         self.held_out = TokenStream(held_out.ids[:end], held_out.labels[:end], held_out.bos)
+        if len(self.held_out) < recipe.eval_window:
+            raise DataError(
+                f"the held-out text has {len(self.held_out)} tokens, fewer than one eval_window of "
+                f"{recipe.eval_window}; give more of it or a smaller eval_window"
+            )
 
     def _calibration(self) -> tuple[torch.Tensor, ...]:
         """A few windows drawn by the seed, in batches [B, window]."""
@@ -424,29 +429,14 @@ def _shape(model: nn.Module) -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Versions, hardware and, in a git checkout, the commit."""
     packages = ("pyprune", "torch", "transformers", "peft")
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in packages}
+    versions = {"python": platform.python_version()} | {name: version_of(name) for name in packages}
     return {"versions": versions, "hardware": hardware(), "commit": _commit()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def hardware() -> dict[str, Any]:
     """The processor, its cores, the threads that torch uses, and the GPU if there is one."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def _commit() -> str | None:

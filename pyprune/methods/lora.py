@@ -45,7 +45,7 @@ class LoRA:
             use_dora=self.dora,
             target_modules=list(describe(model).linear_names()),
         )
-        return get_peft_model(model, config)  # type: ignore[arg-type]
+        return get_peft_model(model, config)
 
     def prepare(
         self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: Path | None = None

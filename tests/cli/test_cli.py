@@ -108,7 +108,7 @@ def test_bad_data_is_refused_and_nothing_written(
     for name, (content, message) in files.items():
         (tmp_path / name).write_text(content)
         error = refused(capsys, *tune(tiny_llama, tmp_path / name, tmp_path / "out"))
-        assert name in error or "document(s)" in error
+        assert name in error
         assert message in error
     assert "none.txt cannot be read" in refused(capsys, *tune(tiny_llama, tmp_path / "none.txt", tmp_path / "out"))
     few = refused(
@@ -116,6 +116,8 @@ def test_bad_data_is_refused_and_nothing_written(
         *tune(tiny_llama, text, tmp_path / "out", "--eval-data", str(tmp_path / "short.txt"), "--window", "20000"),
     )
     assert "fewer than one window of 20000" in few
+    held_out = refused(capsys, *tune(tiny_llama, text, tmp_path / "out", "--eval-data", str(tmp_path / "short.txt")))
+    assert "the held-out text has 10 tokens, fewer than one eval_window of 64" in held_out
     assert not (tmp_path / "out").exists()
 
 
@@ -142,7 +144,7 @@ def test_bad_models_are_refused_and_nothing_written(
     (gpt2 / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2}))
     assert "LayerNorm" in refused(capsys, *tune(gpt2, text, out))
     (gpt2 / "config.json").write_text(json.dumps({"model_type": "new", "auto_map": {"AutoConfig": "code.Config"}}))
-    assert "trust_remote_code" in refused(capsys, *tune(gpt2, text, out))
+    assert "brings code of its own" in refused(capsys, *tune(gpt2, text, out))
     assert not out.exists()
 
 

@@ -89,6 +89,15 @@ def test_perplexity_leaves_the_mode_of_the_model() -> None:
 def test_a_stride_that_skips_tokens_is_refused(stride: int) -> None:
     with pytest.raises(ValueError, match=f"stride is {stride}; expected 1 to the window of 8"):
         perplexity(llama(), tokens(20), 8, stride)
+    with pytest.raises(ValueError, match="window is 0; expected at least 1"):
+        perplexity(llama(), tokens(20), 0)
+
+
+def test_a_model_that_computes_nan_is_refused() -> None:
+    model = llama()
+    next(model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not numbers"):
+        perplexity(model, tokens(20), 8)
 
 
 # ---- latency
