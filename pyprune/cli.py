@@ -160,6 +160,7 @@ DEMO: dict[str, Any] = {
     "round_to": 16,
     "lora_rank": 16,
     "lora_alpha": 16.0,
+    "lora_dropout": 0.0,
     "milestone": 2 / 3,
     "save_every": 16,
 }

@@ -259,6 +259,8 @@ class LearnedSubspace(_OwnOptimizer):
     is an ordinary pruned model: choosing among channels is the special case in which U is a set of axes.
     """
 
+    CLOSED = 0.1  # share of the way to the milestone at which m is zero; U goes on learning until the milestone
+
     def __init__(self, hidden_size: int, kept: int, learning_rate: float) -> None:
         super().__init__()
         self.kept, self.learning_rate, self.mask = kept, learning_rate, 1.0
@@ -274,8 +276,9 @@ class LearnedSubspace(_OwnOptimizer):
 
     def begin(self, step: int, milestone: int) -> None:
         """Sets the strength of the mask at `step` and U as a fresh leaf."""
-        soft = torch.sigmoid(torch.tensor(-0.5 * temperature(step, milestone)))
-        self.mask = float(soft) + offset(step, milestone)
+        closed = max(1, round(self.CLOSED * milestone))
+        soft = torch.sigmoid(torch.tensor(-0.5 * temperature(step, closed))) if step < closed else 0.0
+        self.mask = float(soft) + offset(step, closed)
         self.value = self.value.detach().requires_grad_()
 
     @torch.no_grad()
