@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SENTENCE
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -43,7 +42,10 @@ def test_tune_with_trainer(tmp_path: Path, model: Path, prose: str, monkeypatch:
 
 def test_tune_with_sft_trainer(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="trl is not installed")
-    turns = [{"role": "user", "content": "Where is the mill?"}, {"role": "assistant", "content": SENTENCE}]
+    turns = [
+        {"role": "user", "content": "Where is the mill?"},
+        {"role": "assistant", "content": "the river runs past an old stone mill"},
+    ]
     (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 16)
     check(
         run("tune_with_sft_trainer.py", model, tmp_path / "chats.jsonl", tmp_path / "out", 3, monkeypatch=monkeypatch)
