@@ -296,6 +296,11 @@ class _Callback(TrainerCallback):
                 "load_best_model_at_end would put the adapters of one step beside the HSMs and channels of another; "
                 "leave it off, or train fewer steps"
             )
+        if args.world_size > 1 and self.tuning.options.compact:
+            raise ValueError(
+                f"{args.world_size} processes train one model; DistributedDataParallel gathers its gradients in buffers "
+                "that cannot follow it into smaller shapes, so use compact=False"
+            )
         self.milestone = max(1, round(self.tuning.options.milestone * state.max_steps))
         if self.milestone >= state.max_steps:
             raise ValueError(f"milestone: {self.milestone} of {state.max_steps} steps; train at least 2 steps")
@@ -324,6 +329,8 @@ class _Callback(TrainerCallback):
             state.log_history[-1] |= self.figures
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"  # type: ignore[arg-type]
         self.tuning.save(folder)
         save_state(kwargs["model"], folder)

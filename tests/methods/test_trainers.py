@@ -120,7 +120,7 @@ def test_bf16_autocast(basis: str, tmp_path: Path) -> None:
     assert final.config.hidden_size == KEPT and next(final.parameters()).dtype == torch.float32
 
 
-def test_refuses_what_would_mix_steps_or_scale_gradients(tmp_path: Path) -> None:
+def test_refuses_what_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = pat("pca")
     model = prepared(method)
     best = arguments(tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
@@ -131,6 +131,9 @@ def test_refuses_what_would_mix_steps_or_scale_gradients(tmp_path: Path) -> None
         callback.on_train_begin(arguments(tmp_path, fp16=True), TrainerState(max_steps=6), TrainerControl())
     with pytest.raises(ValueError, match="milestone: 1 of 1 steps"):
         run(method, model, arguments(tmp_path, max_steps=1))
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match=r"2 processes train one model.*use compact=False"):
+        method.callback().on_train_begin(arguments(tmp_path), TrainerState(max_steps=6), TrainerControl())
 
 
 def test_sft_trainer_of_trl(tmp_path: Path, tiny_llama: Path, tokenizer: Any, prose: str) -> None:
