@@ -298,7 +298,7 @@ class _Callback(TrainerCallback):
             )
         if args.world_size > 1 and self.tuning.options.compact:
             raise ValueError(
-                f"{args.world_size} processes train one model; DistributedDataParallel gathers its gradients in buffers "
+                f"{args.world_size} processes train one model; DistributedDataParallel gathers gradients in buffers "
                 "that cannot follow it into smaller shapes, so use compact=False"
             )
         self.milestone = max(1, round(self.tuning.options.milestone * state.max_steps))
