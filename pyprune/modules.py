@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from pyprune import ops
+from pyprune.schedules import Schedule
 
 
 class HSM(nn.Module):
@@ -213,8 +214,8 @@ class UnifiedMask(_OwnOptimizer):
 
     def target(self, step: int, milestone: int) -> int:
         """How many proxies are to be positive at `step`."""
-        done = min(1.0, step / (self.ANNEALED * milestone))
-        return round(len(self.proxy) + (self.kept - len(self.proxy)) * done)
+        ramp = Schedule(len(self.proxy), self.kept, math.ceil(self.ANNEALED * milestone), shape="linear")
+        return round(ramp(step))
 
     def count(self) -> int:
         """How many proxies are positive."""

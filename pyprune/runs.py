@@ -302,7 +302,6 @@ class Experiment:
         model = self._open(self.dense)
         set_seed(r.seed)
         model = method.prepare(model, calibration=self.calibration, resume=latest_checkpoint(folder))
-        groups = getattr(method, "parameter_groups", None)
         tuned = tune(
             model,
             self.windows,
@@ -311,7 +310,6 @@ class Experiment:
             batch_size=r.batch_size,
             learning_rate=r.learning_rate,
             callbacks=method.callbacks(),
-            parameter_groups=groups(model, r.learning_rate) if groups else None,
             gradient_checkpointing=r.gradient_checkpointing,
             seed=r.seed,
             save_every=r.save_every,

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -29,39 +29,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from pyprune.console import progress_bar
 from pyprune.data import TokenWindows
-
-# --------------------------------------------------------------------------------------------------------- schedules
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A value that goes from `start` to `end` between the steps `begin` and `milestone` and is exactly `end` then.
-
-    cubic: end + (start - end) (1 - x)^3, fast at first and slow at the end (Zhu & Gupta, 2017, arXiv 1710.01878,
-    eq. 1); linear: start + (end - start) x; constant: `end` at once. x is the share of the ramp that is over.
-    """
-
-    start: float
-    end: float
-    milestone: int
-    begin: int = 0
-    shape: Literal["cubic", "linear", "constant"] = "cubic"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.begin <= self.milestone:
-            raise ValueError(f"begin is {self.begin} and milestone {self.milestone}; expected 0 <= begin <= milestone")
-        if self.shape not in ("cubic", "linear", "constant"):
-            raise ValueError(f"shape is {self.shape!r}; expected cubic, linear or constant")
-
-    def __call__(self, step: int) -> float:
-        """The value at `step`, counted from 0."""
-        if step < self.begin:
-            return self.start
-        if step >= self.milestone or self.shape == "constant":
-            return self.end
-        left = 1 - (step - self.begin) / (self.milestone - self.begin)
-        return self.end + (self.start - self.end) * (left**3 if self.shape == "cubic" else left)
-
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
@@ -146,7 +113,8 @@ class _CompleteCheckpoint(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir)  # type: ignore[arg-type]
         checkpoint = folder / f"checkpoint-{state.global_step}"
-        save_state(kwargs["model"], checkpoint)
+        if not (checkpoint / STATE).exists():  # a method's own callback may have written it
+            save_state(kwargs["model"], checkpoint)
         write_atomically(checkpoint / MARKER, json.dumps(_sizes(checkpoint)))
         for old in checkpoints(folder)[: -self.keep]:
             (old / MARKER).unlink()  # a kill inside the removal must not leave a checkpoint that looks complete
@@ -338,7 +306,6 @@ def tune(
     batch_size: int = 4,
     learning_rate: float = 1e-3,
     callbacks: Sequence[TrainerCallback] = (),
-    parameter_groups: list[dict[str, Any]] | None = None,
     gradient_checkpointing: bool = False,
     seed: int = 0,
     save_every: int | None = None,
@@ -356,7 +323,6 @@ def tune(
     Args:
         dataset: windows of equal length; a batch takes `batch_size` of them, in an order that follows from `seed`.
         callbacks: those of a method; they may add figures to `logs` in `on_log`, which then stand in `metrics`.
-        parameter_groups: AdamW's, each with its own `lr`; default: everything trained, at `learning_rate`.
         metrics: the file for one JSON line a step, each with the name `stage`.
         arguments: further fields of `transformers.TrainingArguments`.
 
@@ -402,7 +368,6 @@ def tune(
         args=training_arguments,
         train_dataset=dataset,
         callbacks=[*callbacks, DivergenceGuard(), logger, stop, _CompleteCheckpoint(keep=2)],
-        optimizers=(torch.optim.AdamW(parameter_groups, lr=learning_rate) if parameter_groups else None, None),
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     if done < steps:

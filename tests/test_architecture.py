@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # From the ground up: a module imports only from rows above its own, or its own package's __init__ for the version.
 ROWS = [
-    ["_native", "reference", "console", "architectures", "models", "methods"],
+    ["_native", "reference", "console", "architectures", "models", "methods", "schedules"],
     ["_cpu", "surgery"],
     ["_cuda", "basis", "data", "evaluation"],
     ["ops", "training"],

@@ -23,8 +23,7 @@ class Method(Protocol):
     """What tunes, or tunes and prunes, a causal language model.
 
     A method may also have `check(model)`, which gets the model without its weights (on the meta device) and raises
-    ValueError for options that do not fit its shapes, and `parameter_groups(model, learning_rate)`, which returns
-    AdamW's groups where what is trained needs more than one learning rate.
+    ValueError for options that do not fit its shapes.
     """
 
     def prepare(

@@ -16,10 +16,10 @@ import torch
 from transformers import TrainerCallback
 from trial import STEPS, At, model_of, train, train_in_process
 
+from pyprune.schedules import Schedule
 from pyprune.training import (
     DivergedError,
     InterruptedTraining,
-    Schedule,
     checkpoints,
     latest_checkpoint,
     load_state,
