@@ -167,6 +167,25 @@ def test_learned_subspace_finds_the_directions_to_drop() -> None:
     assert kept.tolist() == list(range(6))
 
 
+@pytest.mark.parametrize("compact", [True, False])
+def test_folding_the_learned_basis_keeps_the_function(compact: bool) -> None:
+    """The rotation goes into weights, adapters and HSMs; the model whose mask is closed stays the same."""
+    method = pat("learned", compact=compact)
+    model = prepared(method)
+    tuning = method._tuning
+    assert tuning is not None
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".v") or "lora_B" in name:
+                parameter.normal_(0, 0.2, generator=generator)
+        tuning.selection.value = torch.linalg.qr(torch.randn(WIDTH, WIDTH - KEPT, generator=generator)).Q
+    tuning.selection.mask = 0.0
+    before = logits(model)
+    tuning.freeze(None)
+    torch.testing.assert_close(logits(model), before, **FP32)
+
+
 def test_identity_loss_reaches_every_hsm(tmp_path: Path) -> None:
     method = pat("pca", identity_weight=5.0)
     prepared(method)
