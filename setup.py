@@ -41,7 +41,8 @@ ISA_FLAGS = {"generic": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX2 = ("-mavx2", "-mfma", "-mf16c")
     AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
-    ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX2 + AVX512}
+    BF16 = ("-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2")
+    ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX2 + AVX512, "avx512_bf16": AVX2 + AVX512 + BF16}
 
 
 class BuildError(SystemExit):
@@ -197,16 +198,10 @@ class BuildKernels(build_ext):
         info = self.build_info(compiler, cuda, reason)
         file = NinjaFile(build, compiler, cuda)
 
-        for isa, flags in ISA_FLAGS.items():
-            file.compile(
-                "cxx",
-                SOURCES / "hsm_fused_cpu.cpp",
-                f"hsm_fused_cpu_{isa}",
-                *CXX_FLAGS,
-                "-fopenmp",
-                *flags,
-                f"-DPYPRUNE_ISA={isa}",
-            )
+        for source in sorted(SOURCES.glob("*_cpu.cpp")):
+            for isa, flags in ISA_FLAGS.items():
+                options = (*CXX_FLAGS, "-fopenmp", *flags, f"-DPYPRUNE_ISA={isa}")
+                file.compile("cxx", source, f"{source.stem}_{isa}", *options)
         defines = ["-DPYPRUNE_WITH_CPU", f"-include {quote(str(self.write_info(build, info)))}"]
         includes = [f"-isystem {quote(path)}" for path in (pybind11.get_include(), get_path("include"))]
         if cuda:
@@ -220,7 +215,8 @@ class BuildKernels(build_ext):
                     *cuda.gencode,
                     f"--threads={len(cuda.archs) + 1}",
                 )
-        file.compile("cxx", SOURCES / "bindings.cpp", "bindings", *CXX_FLAGS, *defines, *includes)
+        for source in sorted(SOURCES.glob("*bindings.cpp")):
+            file.compile("cxx", source, source.stem, *CXX_FLAGS, *defines, *includes)
         file.edge("link", target, file.objects, "-fopenmp", *(cuda.link if cuda else []))
         file.run()
         self.report(info, target)

@@ -19,7 +19,8 @@ import torch
 from results import Row, append
 from torch import Tensor
 
-from pyprune import _cpu, ops
+from pyprune import ops
+from pyprune._cpu.hsm import _product
 
 EPS = 1e-6
 Step = Callable[[], object]
@@ -104,10 +105,10 @@ def check(problem: Problem, steps: dict[str, Step], exact: Step) -> None:
 def products_step(problem: Problem, backward: bool) -> Step:
     """The matrix products that the op cannot do without, each at full size, by the faster library."""
     x, l0, _, l1, _ = problem.inputs[:5]
-    h, grad = _cpu._product(x, l0), problem.grads[0]
+    h, grad = _product(x, l0), problem.grads[0]
     if backward:
-        return lambda: [_cpu._product(*pair) for pair in ((grad, l1.T), (h.T, x.T), (h.T, grad.T), (h, l0.T))]
-    return lambda: [_cpu._product(*pair) for pair in ((x, l0), (h, l1))]
+        return lambda: [_product(*pair) for pair in ((grad, l1.T), (h.T, x.T), (h.T, grad.T), (h, l0.T))]
+    return lambda: [_product(*pair) for pair in ((x, l0), (h, l1))]
 
 
 def measure(steps: dict[str, Step], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:

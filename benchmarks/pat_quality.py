@@ -23,13 +23,15 @@ from typing import Any
 from models import conditions
 from torch import get_num_threads, set_num_threads
 
-from pyprune import cli, data
+from pyprune import data
+from pyprune.cli.demo import DEMO
+from pyprune.cli.fields import add_fields, from_fields
 from pyprune.methods import find, like
 from pyprune.runs import Experiment, Recipe, open_run
 
 CSV = Path(__file__).with_name("pat_quality.csv")
 # the demo's recipe, longer, on all of the held-out text; round_to 1 keeps the ratios apart
-DEFAULTS = cli.DEMO | {"steps": 600, "warmup": 20, "eval_tokens": None, "save_every": None, "round_to": 1}
+DEFAULTS = DEMO | {"steps": 600, "warmup": 20, "eval_tokens": None, "save_every": None, "round_to": 1}
 LABELS = {"pat": "PAT", "prune-then-tune": "prune, then tune", "lora": "dense, LoRA", "dense": "dense, untouched"}
 DENSE = ("dense", "lora")
 
@@ -233,8 +235,8 @@ def main() -> None:
     )
     parser.add_argument("--table", action="store_true", help="print the table of pat_quality.csv and run nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/pat_quality"), help="where the run folders are")
-    cli.add_fields(parser, find("pat"), DEFAULTS)
-    cli.add_fields(parser, Recipe, DEFAULTS)
+    add_fields(parser, find("pat"), DEFAULTS)
+    add_fields(parser, Recipe, DEFAULTS)
     parser.set_defaults(ratio=0.25, basis="learned")  # every trial puts its own in their place
     parser.add_argument("--ratio", "--ratios", dest="ratios", type=float, nargs="+", default=[0.10, 0.20, 0.25, 0.30])
     parser.add_argument(
@@ -247,7 +249,7 @@ def main() -> None:
         return
     set_num_threads(arguments.threads)
     print(conditions(arguments.threads))
-    recipe, pattern = cli.from_fields(Recipe, arguments), cli.from_fields(find("pat"), arguments)
+    recipe, pattern = from_fields(Recipe, arguments), from_fields(find("pat"), arguments)
     dense, corpus = arguments.out / "dense", data.demo_text()
     if not dense.exists():
         data.demo_model(dense)

@@ -933,6 +933,4 @@ int rmsnorm_backward(HsmShape s, int dtype, const void* grad_residual_out, const
   });
 }
 
-const char* error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
-
 }  // namespace pyprune

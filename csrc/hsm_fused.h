@@ -18,9 +18,9 @@
 
 #include <cstdint>
 
-namespace pyprune {
+#include "dtype.h"
 
-enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+namespace pyprune {
 
 struct HsmShape {
   int64_t tokens;   // T
@@ -61,8 +61,5 @@ int hsm_backward(HsmShape shape, int dtype, const void* grad_y, const void* x, c
 int rmsnorm_backward(HsmShape shape, int dtype, const void* grad_residual_out, const void* grad_normed,
                      const void* residual_out, const float* rstd, const void* weight, void* grad_residual,
                      float* grad_weight, void* workspace, void* stream);
-
-// The runtime's text for an error code returned above.
-const char* error_string(int code);
 
 }  // namespace pyprune

@@ -5,8 +5,7 @@
 // - `*_stride` counts elements from one row to the next; matrices without one are contiguous.
 // - Outputs are overwritten. `z` may be the same buffer as the output; nothing else may overlap.
 // - Sums over rows come back as `blocks` partial rows, which the caller adds. Their number depends on the caller, not
-// on
-//   `threads`, so results are bitwise the same for any thread count. Any size may be zero.
+//   on `threads`, so results are bitwise the same for any thread count. Any size may be zero.
 // - No function allocates or fails; sizes and dtype are the caller's to check.
 #pragma once
 
@@ -18,8 +17,6 @@ namespace pyprune {
 
 // One instruction set's build of the kernels.
 struct HsmCpuKernels {
-  const char* isa;
-
   // out [rows,columns] = row_scale[:, None] * a * column_scale. A null scale means ones. a, out typed.
   void (*scale)(DType dtype, int64_t rows, int64_t columns, const void* a, const float* row_scale,
                 const float* column_scale, void* out, int threads);
@@ -47,11 +44,5 @@ struct HsmCpuKernels {
   void (*column_dot)(DType dtype, int64_t rows, int64_t columns, const void* a, int64_t a_stride, const void* b,
                      int64_t b_stride, int64_t blocks, float* out, int threads);
 };
-
-extern const HsmCpuKernels hsm_cpu_generic;
-#ifdef __x86_64__
-extern const HsmCpuKernels hsm_cpu_avx2;
-extern const HsmCpuKernels hsm_cpu_avx512;
-#endif
 
 }  // namespace pyprune

@@ -48,10 +48,10 @@ def _devices() -> list[dict[str, Any]]:
 
 def _dispatch(device: str) -> list[dict[str, str]]:
     """For every op: which implementation runs on this device in bf16, fp16 and fp32, and why."""
-    implementation, why = ops.choose(torch.device(device), torch.float32)
+    chosen = {op: ops.choose(op, torch.device(device), torch.float32) for op in ops.OPS}
     return [
         {"op": op, "device": device, "runs": implementation.name, "how": implementation.description, "why": why}
-        for op in ops.OPS
+        for op, (implementation, why) in chosen.items()
     ]
 
 

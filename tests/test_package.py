@@ -54,7 +54,7 @@ y = ops.hsm(x, l0, v, l1, mask)
 y.sum().backward()
 torch.testing.assert_close(y, mask * (x + (x @ l0.T * v) @ l1.T))
 assert mask.grad is not None
-print(ops.choose(torch.device("cpu"), torch.bfloat16)[0].name)
+print(ops.choose("hsm", torch.device("cpu"), torch.bfloat16)[0].name)
 print(info.render(info.report()))
 """
     output = python(code)
@@ -132,7 +132,7 @@ def test_which_devices_the_built_code_runs_on(capability: tuple[int, int], archs
 def test_info_tells_what_runs_where() -> None:
     report = info.report()
     cpu_rows = {row["op"]: row for row in report["ops"] if row["device"] == "cpu"}
-    implementation, why = ops.choose(torch.device("cpu"), torch.float32)
+    implementation, why = ops.choose("hsm", torch.device("cpu"), torch.float32)
     assert set(cpu_rows) == set(ops.OPS)
     assert all(row["runs"] == implementation.name and row["why"] == why for row in cpu_rows.values())
     page = info.render(report)

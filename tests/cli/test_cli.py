@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -18,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pyprune import cli, methods
+from pyprune import methods
+from pyprune.cli import fields, main
 from pyprune.runs import Recipe
 
 SUMMARY = {
@@ -48,7 +50,7 @@ def tune(model: Path, text: Path, out: Path, *more: str) -> list[str]:
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line on stderr of a command that exits with 2."""
     capsys.readouterr()
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     streams = capsys.readouterr()
     assert streams.out == ""
     errors = [line for line in streams.err.splitlines() if line.startswith("pyprune ")]
@@ -81,11 +83,11 @@ def test_every_option_of_a_method_is_on_the_command_line(capsys: pytest.CaptureF
         compact: bool = methods.option(True, "a switch of 100 %")
         internal: int = 3
 
-    parser = cli.argparse.ArgumentParser()
-    cli.add_fields(parser, Sample, {"rate": 0.25})
-    assert cli.from_fields(Sample, parser.parse_args([])) == Sample(rate=0.25)
+    parser = argparse.ArgumentParser()
+    fields.add_fields(parser, Sample, {"rate": 0.25})
+    assert fields.from_fields(Sample, parser.parse_args([])) == Sample(rate=0.25)
     given = ["--rate", "0.1", "--width", "7", "--basis", "identity", "--no-compact"]
-    assert cli.from_fields(Sample, parser.parse_args(given)) == Sample(0.1, 7, "identity", False)
+    assert fields.from_fields(Sample, parser.parse_args(given)) == Sample(0.1, 7, "identity", False)
     with pytest.raises(SystemExit):
         parser.parse_args(["--basis", "fourier"])
     with pytest.raises(SystemExit):
@@ -185,7 +187,7 @@ def test_folders_that_are_not_this_run_are_refused_untouched(
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, text: Path) -> Path:
     """A run that nobody stopped."""
     out = tmp_path_factory.mktemp("runs") / "unbroken"
-    assert cli.main([*tune(tiny_llama, text, out), "--json"]) == 0
+    assert main([*tune(tiny_llama, text, out), "--json"]) == 0
     return out
 
 
@@ -229,13 +231,13 @@ def test_eval_agrees_with_the_summary(
 
     held = tmp_path / "held.jsonl"
     held.write_text("".join(json.dumps({"text": d.text}) + "\n" for d in file_corpus(text, None, tokenizer).held_out))
-    assert cli.main(["eval", str(finished / "model"), "--text", str(held), "--window", "64", "--json"]) == 0
+    assert main(["eval", str(finished / "model"), "--text", str(held), "--window", "64", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     summary = json.loads((finished / "summary.json").read_text())
     assert result["perplexity"] == pytest.approx(summary["ppl_pruned"], rel=1e-12)
     assert result["perplexity"] == pytest.approx(math.exp(result["nll"]))
     assert {key: result[key] for key in ("window", "stride", "tokens")} == summary["evaluation"]
-    assert cli.main(["eval", str(finished / "model"), "--text", str(held), "--window", "64"]) == 0
+    assert main(["eval", str(finished / "model"), "--text", str(held), "--window", "64"]) == 0
     shown = capsys.readouterr().out
     for figure in (f"{result['perplexity']:.4f}", "window 64", "stride 64", f"{result['tokens']:,} tokens"):
         assert figure in shown
@@ -246,7 +248,7 @@ def test_json_is_all_that_stdout_gets(
 ) -> None:
     """A finished run that is resumed does nothing again and prints its summary."""
     before = {path: path.stat().st_mtime_ns for path in (finished / "stages").iterdir()}
-    assert cli.main([*tune(tiny_llama, text, finished, "--resume"), "--json"]) == 0
+    assert main([*tune(tiny_llama, text, finished, "--resume"), "--json"]) == 0
     printed = json.loads(capfd.readouterr().out)
     assert printed == json.loads((finished / "summary.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in (finished / "stages").iterdir()} == before
@@ -255,7 +257,7 @@ def test_json_is_all_that_stdout_gets(
 def test_the_table_shows_the_figures(
     finished: Path, tiny_llama: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(tune(tiny_llama, text, finished, "--resume")) == 0
+    assert main(tune(tiny_llama, text, finished, "--resume")) == 0
     shown, summary = capsys.readouterr().out, json.loads((finished / "summary.json").read_text())
     for figure in (
         f"{summary['params_pruned']:,}",
@@ -310,7 +312,7 @@ def run_and_die(arguments: list[str], place: str) -> None:
                 die()
 
         training.Metrics.on_log = dying_log  # type: ignore[method-assign]
-    cli.main(arguments)
+    main(arguments)
 
 
 def test_a_run_killed_anywhere_ends_as_one_that_was_not(
@@ -332,7 +334,7 @@ def test_a_run_killed_anywhere_ends_as_one_that_was_not(
         process.start()
         process.join(120)
         assert process.exitcode == -signal.SIGKILL, place
-    assert cli.main(tune(tiny_llama, text, out, "--resume")) == 0
+    assert main(tune(tiny_llama, text, out, "--resume")) == 0
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (out, unbroken)]
     assert without_times(summaries[0]) == without_times(summaries[1])
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (out, unbroken)]
@@ -353,6 +355,6 @@ def test_two_processes_cannot_share_a_run(
 def test_a_loss_that_is_not_finite_is_a_failure(
     tmp_path: Path, tiny_llama: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(tune(tiny_llama, text, tmp_path / "out", "--learning-rate", "1e38")) == 1
+    assert main(tune(tiny_llama, text, tmp_path / "out", "--learning-rate", "1e38")) == 1
     assert "training stopped" in capsys.readouterr().err
     assert not (tmp_path / "out" / "model").exists()

@@ -81,7 +81,7 @@ def test_functional_api_runs_on_the_kernels_and_another_stream(device: torch.dev
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return list(torch.autograd.grad(sum(output.double().square().sum() for output in outputs), inputs))
 
-    assert ops.choose(device, torch.bfloat16)[0] is not reference, ops.choose(device, torch.bfloat16)[1]
+    assert ops.choose("hsm", device, torch.bfloat16)[0] is not reference, ops.choose("hsm", device, torch.bfloat16)[1]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         results = gradients(None)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hsm_oracle import DTYPES, EPS, RUNS, SHAPES, Case, assert_as_exact_as_torch, make_case
 
-from pyprune import _cpu, _native, ops
+from pyprune import _native, ops
+from pyprune._cpu import hsm as on_cpu
+from pyprune._cpu.common import DTYPE_CODES
 
 ISAS = _native.cpu.isas() if _native.cpu else ()
 needs_kernels = pytest.mark.skipif(_native.cpu is None, reason=f"no compiled module: {_native.why_missing}")
@@ -64,14 +66,14 @@ def test_kernels_are_as_exact_as_torch(op: str, dtype: torch.dtype, shape: tuple
 @pytest.mark.usefixtures("poison")
 def test_rows_are_computed_in_tiles(op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 32 rows, the last one ragged; a real tile holds hundreds."""
-    monkeypatch.setattr(_cpu, "TILE_BYTES", 1)
+    monkeypatch.setattr(on_cpu, "TILE_BYTES", 1)
     assert_as_exact_as_torch(op, make_case(75, 40, 6, 33, dtype))
 
 
 @needs_kernels
 @pytest.mark.parametrize("op", RUNS)
 def test_sums_over_more_rows_than_partial_sums(op: str) -> None:
-    assert_as_exact_as_torch(op, make_case(3 * _cpu.PARTIAL_SUMS + 1, 24, 3, 24, torch.float32))
+    assert_as_exact_as_torch(op, make_case(3 * on_cpu.PARTIAL_SUMS + 1, 24, 3, 24, torch.float32))
 
 
 def test_reference_is_the_definition() -> None:
@@ -102,7 +104,7 @@ def test_gradients_in_fp64(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_conversions(dtype: torch.dtype, isa: str) -> None:
     """Loading and storing every 16-bit pattern keeps it; storing fp32 rounds as torch does, NaN and infinities too."""
-    kernels, code = _native.cpu, _cpu.DTYPE_CODES[dtype]
+    kernels, code = _native.cpu, DTYPE_CODES[dtype]
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     stored = torch.empty_like(patterns)
     kernels.scale(code, 1, len(patterns), patterns.data_ptr(), 0, 0, stored.data_ptr(), 1)
@@ -177,7 +179,7 @@ def test_kernels_do_not_depend_on_the_number_of_threads(isa: str) -> None:
         tensors = (case.grad_y, case.grad_normed, case.residual, rstd, case.weight, case.x)
         addresses = [tensor.data_ptr() for tensor in tensors]
         outputs = (grad.data_ptr(), 64, weight.data_ptr(), dot.data_ptr())
-        _native.cpu.rmsnorm_backward(_cpu.DTYPE_CODES[grad.dtype], 150, 65, *addresses, 65, *outputs, threads)
+        _native.cpu.rmsnorm_backward(DTYPE_CODES[grad.dtype], 150, 65, *addresses, 65, *outputs, threads)
         results.append((grad, weight, dot))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -219,9 +221,9 @@ def test_frozen_mask_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pass over x and grad_y for the mask's gradient is left out; only grad_v's [T, r] sum remains."""
     case = make_case(40, 24, 4, 24, torch.float32)
     shapes = []
-    original = _cpu.CpuKernels._column_dot
+    original = on_cpu.Hsm._column_dot
     monkeypatch.setattr(
-        _cpu.CpuKernels, "_column_dot", lambda self, a, b: shapes.append(tuple(a.shape)) or original(self, a, b)
+        on_cpu.Hsm, "_column_dot", lambda self, a, b: shapes.append(tuple(a.shape)) or original(self, a, b)
     )
     for trainable, expected in ((True, [(40, 24), (40, 4), (4, 24)]), (False, [(40, 4)])):
         shapes.clear()
@@ -233,7 +235,7 @@ def test_frozen_mask_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["chosen", "reference"])
-@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("op", ["hsm", "hsm_backward", "hsm_residual_rmsnorm", "hsm_residual_rmsnorm_backward"])
 def test_opcheck(op: str, implementation: str) -> None:
     case = make_case(6, 8, 3, 5, torch.float32)
     arguments = op_arguments(case)[op]
@@ -298,21 +300,21 @@ def test_autocast_does_not_change_the_dtypes() -> None:
 
 def test_using_forces_and_restores() -> None:
     cpu = torch.device("cpu")
-    before = ops.choose(cpu, torch.float32)
+    before = ops.choose("hsm", cpu, torch.float32)
     with ops.using("reference"):
-        assert ops.choose(cpu, torch.float32)[0].name == "reference"
+        assert ops.choose("hsm", cpu, torch.float32)[0].name == "reference"
         with ops.using(before[0]):
-            assert ops.choose(cpu, torch.float32)[0] is before[0]
-        assert ops.choose(cpu, torch.float32)[0].name == "reference"
-    assert ops.choose(cpu, torch.float32) == before
+            assert ops.choose("hsm", cpu, torch.float32)[0] is before[0]
+        assert ops.choose("hsm", cpu, torch.float32)[0].name == "reference"
+    assert ops.choose("hsm", cpu, torch.float32) == before
     with pytest.raises(ValueError, match="implementation is 'fast'"), ops.using("fast"):
         pass
 
 
 def test_choice_names_its_reason() -> None:
-    implementation, why = ops.choose(torch.device("cpu"), torch.float64)
+    implementation, why = ops.choose("hsm", torch.device("cpu"), torch.float64)
     assert (implementation.name, why) == ("reference", "fp64 is the reference's")
-    implementation, why = ops.choose(torch.device("meta"), torch.float32)
+    implementation, why = ops.choose("hsm", torch.device("meta"), torch.float32)
     assert (implementation.name, why) == ("reference", "no kernels for meta devices")
 
 

@@ -26,8 +26,8 @@ from torch import Tensor
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = (
-    ROOT / "csrc/hsm_fused.cu",
-    ROOT / "csrc/bindings.cpp",
+    *sorted((ROOT / "csrc").glob("*.cu")),
+    *sorted((ROOT / "csrc").glob("*bindings.cpp")),
     HERE / "controls.cpp",
     HERE / "primitives.cu",
     HERE / "faults.cu",

@@ -12,7 +12,7 @@ from emulator import ROOT
 
 NVCC = shutil.which("nvcc")
 ARCHS = ("80", "90a", "100", "120")
-SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
+SOURCES = [source for source in sorted((ROOT / "csrc").glob("*.cu")) if "__global__" in source.read_text()]
 FIGURES = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",

@@ -1,4 +1,4 @@
-"""The ops on the C++ CPU kernels: matrix products by torch (oneDNN), everything around them by `pyprune._C.cpu`.
+"""The `hsm` family: matrix products by torch (oneDNN), everything around them by the kernels of csrc/hsm_fused_cpu.h.
 
 Nothing of size [T, n] is allocated but the results: the scales v and mask are folded into the small matrices, and the
 product with l1 is computed a tile of rows at a time, so that the kernel behind it finds the tile in the cache.
@@ -7,12 +7,12 @@ product with l1 is computed a tile of rows at a time, so that the kernel behind 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from pyprune._cpu.common import DTYPE_CODES, Kernels, address
+
 TILE_BYTES = 2 * 1024 * 1024
 """A tile of the second product per thread: small enough for the caches, large enough to keep the product efficient."""
 PARTIAL_SUMS = 64
@@ -36,22 +36,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b.T, out=out) if result is None else result
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-class CpuKernels:
-    """See `pyprune.ops.Implementation`; `kernels` is the submodule `pyprune._C.cpu`."""
-
-    name = "cpu"
-
-    def __init__(self, kernels: ModuleType) -> None:
-        self.kernels = kernels
-
-    @property
-    def description(self) -> str:
-        """What runs, in words."""
-        return f"C++, {self.kernels.isa()}, matrix products by torch"
+class Hsm(Kernels):
+    """The family's ops."""
 
     def hsm(self, x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         h = _product(x, l0)
@@ -139,7 +125,7 @@ class CpuKernels:
             grad_residual.data_ptr(),
             blocks,
             grad_weight.data_ptr(),
-            _address(column_dot),
+            address(column_dot),
             torch.get_num_threads(),
         )
         total = column_dot.sum(0) if column_dot is not None else None
@@ -208,8 +194,8 @@ class CpuKernels:
             DTYPE_CODES[a.dtype],
             *a.shape,
             a.data_ptr(),
-            _address(rows),
-            _address(columns),
+            address(rows),
+            address(columns),
             out.data_ptr(),
             torch.get_num_threads(),
         )

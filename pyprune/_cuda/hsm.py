@@ -1,52 +1,19 @@
-"""The ops on the CUDA launchers of `pyprune._C.cuda` (csrc/hsm_fused.h is their contract).
+"""The `hsm` family on the CUDA launchers of csrc/hsm_fused.h.
 
 The weight gradients are plain matrix products over T, so torch computes them; everything else is one launcher.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from pyprune._cpu import DTYPE_CODES
+from pyprune._cpu.common import DTYPE_CODES, address
+from pyprune._cuda.common import Launchers
 
 
-def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
-    """Whether code built for `archs` ("80", "90a", ...; the newest also as PTX) runs on a device of this capability.
-
-    Machine code runs on later minor versions of its major version, with a suffix on no other version; PTX on all later.
-    """
-    device = capability[0] * 10 + capability[1]
-    numbers = [int(re.sub(r"\D", "", arch)) for arch in archs]
-    for arch, number in zip(archs, numbers, strict=True):
-        if number == device or (arch.isdigit() and number // 10 == capability[0] and number <= device):
-            return True
-    return bool(numbers) and max(numbers) <= device
-
-
-def current_stream(device: torch.device) -> int:
-    """The address of torch's current stream on a CUDA device."""
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-class CudaKernels:
-    """See `pyprune.ops.Implementation`.
-
-    Args:
-        kernels: the launchers, `pyprune._C.cuda`; the tests pass the same source built for their emulator.
-        stream: gives the address of the stream to launch on.
-    """
-
-    name = "cuda"
-    description = "CUDA, weight gradients by torch"
-
-    def __init__(self, kernels: ModuleType, stream: Callable[[torch.device], int] = current_stream) -> None:
-        self.kernels = kernels
-        self.stream = stream
+class Hsm(Launchers):
+    """The family's ops."""
 
     def hsm(self, x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         y, h = x.new_empty(len(x), len(l1)), x.new_empty(len(x), len(l0))
@@ -143,6 +110,6 @@ class CudaKernels:
         shape, dtype = (*x.shape, len(l0), len(l1)), DTYPE_CODES[x.dtype]
         with torch.cuda.device_of(x):
             workspace = x.new_empty(self.kernels.hsm_workspace(shape, dtype), dtype=torch.uint8)
-            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+            addresses = [address(tensor) for tensor in tensors]
             stream = self.stream(x.device)
             getattr(self.kernels, function)(shape, dtype, *options, *addresses, workspace.data_ptr(), stream)

@@ -1,16 +1,9 @@
-"""Every op in plain torch, for any floating dtype and device: the oracle of the tests and the fallback.
-
-Shapes and dtypes are those of `pyprune.ops`, flattened to two dimensions. Each function rounds where a careful user of
-plain torch would: intermediate results are stored in the inputs' dtype, row statistics are fp32 (fp64 for fp64).
-"""
+"""The `hsm` family in plain torch. Row statistics are fp32 (fp64 for fp64)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-name = "reference"
-description = "plain torch"
 
 
 def hsm(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

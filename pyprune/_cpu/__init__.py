@@ -1,0 +1,14 @@
+"""The ops on the C++ CPU kernels of `pyprune._C.cpu`, one file a family. Each class below has its family's ops."""
+
+from pyprune._cpu.hsm import Hsm
+
+
+class CpuKernels(Hsm):
+    """See `pyprune.ops.Implementation`."""
+
+    name = "cpu"
+
+    @property
+    def description(self) -> str:
+        """What runs, in words."""
+        return f"C++, {self.kernels.isa()}, dense products by torch"

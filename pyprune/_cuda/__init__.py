@@ -1,0 +1,13 @@
+"""The ops on the CUDA launchers of `pyprune._C.cuda`, one file a family. Each class below has its family's ops."""
+
+from pyprune._cuda.common import runs_on
+from pyprune._cuda.hsm import Hsm
+
+__all__ = ["CudaKernels", "runs_on"]
+
+
+class CudaKernels(Hsm):
+    """See `pyprune.ops.Implementation`."""
+
+    name = "cuda"
+    description = "CUDA, dense products by torch"
