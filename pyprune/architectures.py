@@ -6,7 +6,8 @@ works on the `Decoder` that `describe` returns. See docs/families.md for how to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,31 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(attention_in=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
 }
 
+# LayerNorm families: their hidden size cannot be pruned, but the weights of their blocks' linears can.
+LAYER_NORM_FAMILIES: dict[str, Family] = {
+    "gpt2": Family(
+        embedding="transformer.wte",
+        blocks="transformer.h",
+        final_norm="transformer.ln_f",
+        attention_norm="ln_1",
+        attention_in=("attn.c_attn",),
+        attention_out="attn.c_proj",
+        mlp_norm="ln_2",
+        mlp_in=("mlp.c_fc",),
+        mlp_out="mlp.c_proj",
+    ),
+    "opt": Family(
+        embedding="model.decoder.embed_tokens",
+        blocks="model.decoder.layers",
+        final_norm="model.decoder.final_layer_norm",
+        attention_norm="self_attn_layer_norm",
+        attention_out="self_attn.out_proj",
+        mlp_norm="final_layer_norm",
+        mlp_in=("fc1",),
+        mlp_out="fc2",
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Reads:
@@ -72,6 +98,39 @@ class Block:
     reads: tuple[Reads, Reads]
     writes: tuple[nn.Module, nn.Module]
     head_norms: tuple[tuple[nn.Module, nn.Module], ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The entries of one dimension of a linear that belong to groups: group g owns `width` of them, from
+    `offset + g * width` on. `dim` is 0 for outputs (rows of the weight) and 1 for inputs (columns)."""
+
+    linear: nn.Module
+    dim: int
+    offset: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What can only go together from one branch of a block: `axis` is "heads" (one group is a key/value head with its
+    query heads) or "channels" (of the MLP). The last part is the linear that writes, whose inputs a mask multiplies:
+    a group whose inputs there are zero has no effect, biases of the others included."""
+
+    block: int
+    axis: str
+    count: int
+    parts: tuple[Part, ...]
+
+    @property
+    def name(self) -> str:
+        """A name that stays the same with and without PEFT and through cuts."""
+        return f"block{self.block}_{self.axis}"
+
+    @property
+    def writer(self) -> Part:
+        """The inputs of the linear behind the branch."""
+        return self.parts[-1]
 
 
 @dataclass(frozen=True)
@@ -139,6 +198,52 @@ class Decoder:
             yield from block.reads
         yield Reads(self.final_norm, (self.head,))
 
+    def groups(self) -> list[Groups]:
+        """Heads and channels of all blocks, in their order, as the modules have them now."""
+        found = []
+        for i, block in enumerate(self.blocks):
+            found.append(_heads(i, block, self.head_dim))
+            found.append(_channels(i, block))
+        return found
+
+    def state_widths(self) -> None:
+        """Make the attributes that attention, MLP and config keep beside the weights agree with them.
+
+        Blocks of equal widths make a stock model. Others cannot: the config then says what each block has in
+        `block_widths`, [[key/value heads, channels], ...], which `pyprune.models.open_model` reads.
+        """
+        config = self.config
+        config.head_dim = self.head_dim  # it would follow from what changes now
+        heads, channels = self.groups()[::2], self.groups()[1::2]
+        widths = [[head.count, channel.count] for head, channel in zip(heads, channels, strict=True)]
+        per_key = heads[0].writer.width // config.head_dim
+        uniform = all(width == widths[0] for width in widths)
+        vars(config).pop("block_widths", None)
+        if uniform:
+            config.num_attention_heads, config.num_key_value_heads = per_key * widths[0][0], widths[0][0]
+            config.intermediate_size = widths[0][1]
+        else:
+            config.block_widths = widths
+        for block, (keys, width) in zip(self.blocks, widths, strict=True):
+            attention, mlp = (_parent(block.module, path) for path in (self.family.attention_out, self.family.mlp_out))
+            _set_if_there(attention, num_key_value_heads=keys)
+            _set_if_there(mlp, intermediate_size=width)
+            if len(self.family.attention_in) == 1:  # Phi-3 splits the fused projection by its config's counts
+                own = config if uniform else copy.copy(config)
+                own.num_attention_heads, own.num_key_value_heads = per_key * keys, keys
+                _set_if_there(attention, config=own)
+
+    def keep_blocks(self, kept: Sequence[int]) -> None:
+        """Leave only the blocks `kept`, in this order, in the model. This description is then out of date."""
+        path, _, name = self.family.blocks.rpartition(".")
+        setattr(self.model.get_submodule(path), name, nn.ModuleList(self.blocks[i].module for i in kept))
+        for place, i in enumerate(kept):
+            for module in self.blocks[i].module.modules():
+                _set_if_there(module, layer_idx=place)  # where a block's keys and values lie in the cache
+        if getattr(self.config, "layer_types", None):
+            self.config.layer_types = [self.config.layer_types[i] for i in kept]
+        self.config.num_hidden_layers = len(kept)
+
     def linear_names(self) -> tuple[str, ...]:
         """The last part of the names of all linears inside the blocks, as PEFT's `target_modules` wants them."""
         f = self.family
@@ -178,6 +283,41 @@ class Decoder:
         scale = self.family.embedding_scale(width)
         embedding.scalar_embed_scale = scale  # type: ignore[assignment]
         embedding.get_buffer("embed_scale").fill_(scale)
+
+
+def _heads(i: int, block: Block, head_dim: int) -> Groups:
+    """Groups of a key/value head with its query heads, which stock code keeps side by side."""
+    queries = weight_of(block.writes[0]).shape[1]
+    linears = block.reads[0].linears
+    if len(linears) == 1:  # queries, keys and values are the rows of one matrix
+        keys = (weight_of(linears[0]).shape[0] - queries) // 2
+        rows = [(linears[0], 0, queries), (linears[0], queries, keys), (linears[0], queries + keys, keys)]
+    else:
+        rows = [(linear, 0, weight_of(linear).shape[0]) for linear in linears]
+    count = rows[1][2] // head_dim
+    parts = [Part(linear, 0, offset, size // count) for linear, offset, size in rows]
+    return Groups(i, "heads", count, (*parts, Part(block.writes[0], 1, 0, queries // count)))
+
+
+def _channels(i: int, block: Block) -> Groups:
+    """Every channel of an MLP: its row of each linear that reads, its column of the one that writes."""
+    count = weight_of(block.writes[1]).shape[1]
+    readers = [
+        Part(linear, 0, offset, 1)
+        for linear in block.reads[1].linears
+        for offset in range(0, weight_of(linear).shape[0], count)
+    ]
+    return Groups(i, "channels", count, (*readers, Part(block.writes[1], 1, 0, 1)))
+
+
+def _parent(block: nn.Module, path: str) -> nn.Module:
+    return block.get_submodule(path.rpartition(".")[0])
+
+
+def _set_if_there(module: nn.Module, **values: Any) -> None:
+    for name, value in values.items():
+        if name in vars(module):
+            setattr(module, name, value)
 
 
 def base(module: nn.Module) -> nn.Module:
@@ -267,3 +407,89 @@ def _part(model: nn.Module, root: nn.Module, path: str) -> nn.Module:
             f"(model_type {model.config.model_type!r}) names; load the model with AutoModelForCausalLM, or correct the "  # type: ignore[union-attr]
             "entry in pyprune.architectures.FAMILIES"
         ) from None
+
+
+# ------------------------------------------------------------------------------------ blocks, for blockwise pruning
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of a block. `matrix` is its weight as [out, in], whichever way round the family stores it."""
+
+    name: str  # inside its block
+    module: nn.Module
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as [in, out]: GPT-2's Conv1D."""
+        from transformers.pytorch_utils import Conv1D
+
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """A view [out, in] of the live weight; writing to it writes to the model."""
+        return self.stored(self.module.get_parameter("weight").data)
+
+    def stored(self, matrix: torch.Tensor) -> torch.Tensor:
+        """[out, in] the way round that the module stores it (and back), as a view."""
+        return matrix.T if self.transposed else matrix
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Attention or MLP: `reads` all read one activation, `write` adds to the residual stream."""
+
+    name: str
+    reads: tuple[Linear, ...]
+    write: Linear
+
+
+@dataclass(frozen=True)
+class BlockLinears:
+    """One decoder block as pruning of single weights sees it."""
+
+    name: str  # inside the model
+    module: nn.Module
+    branches: tuple[Branch, Branch]
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The blocks of a model, and `stack`: the model without its head, which calls them."""
+
+    stack: nn.Module
+    blocks: tuple[BlockLinears, ...]
+
+
+def describe_blocks(model: nn.Module) -> Trunk:
+    """The blocks of a causal language model and their linears, LayerNorm families included.
+
+    Raises:
+        UnsupportedArchitecture: an unknown family, a model without a head, or a family entry that does not fit.
+        ValueError: the model has adapters.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    family = LAYER_NORM_FAMILIES.get(model_type) or _family(unwrap(model))  # type: ignore[arg-type]
+
+    def linear(block: nn.Module, path: str) -> Linear:
+        module = _part(model, block, path)
+        if base(module) is not module:
+            raise ValueError(f"model: {path} carries an adapter; fold it first with pyprune.surgery.fold_adapters")
+        return Linear(path, module)
+
+    def branches(block: nn.Module) -> tuple[Branch, Branch]:
+        def branch(name: str, reads: tuple[str, ...], write: str) -> Branch:
+            return Branch(name, tuple(linear(block, path) for path in reads), linear(block, write))
+
+        return (
+            branch("attention", family.attention_in, family.attention_out),
+            branch("mlp", family.mlp_in, family.mlp_out),
+        )
+
+    model = unwrap(model)
+    blocks = _part(model, model, family.blocks).named_children()
+    return Trunk(
+        stack=model.get_submodule(family.blocks.rpartition(".")[0]),
+        blocks=tuple(BlockLinears(f"{family.blocks}.{i}", block, branches(block)) for i, block in blocks),
+    )

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+
+from pyprune import removal
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -69,23 +72,49 @@ def open_skeleton(path: str | Path, trust_remote_code: bool = False) -> nn.Modul
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return removal.as_config(model)
     except (OSError, ValueError) as error:
         raise _refusal(path, "its config.json cannot be used", error) from error
 
 
 def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
     """The model of a checkpoint, on the GPU if there is one. dtype: "auto" (that of the checkpoint) or torch's name."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     check_model(path)
+    kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if hasattr(config, "block_widths"):
+            model = _open_uneven(path, config, kind)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise _refusal(path, "it cannot be loaded", error) from error
     return nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _open_uneven(path: str | Path, config: Any, dtype: torch.dtype | str) -> nn.Module:
+    """A model whose blocks differ in heads and channels, which stock code cannot build: cut to the config's widths
+    before there is any memory behind it, then filled."""
+    from accelerate import init_empty_weights
+    from huggingface_hub import snapshot_download
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
+    removal.as_config(model)
+    state = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    kind = next(model.parameters()).dtype
+    try:
+        model.load_state_dict({name: t.to(kind) for name, t in state.items()}, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"its weights are not of the config's block_widths: {error}") from error
+    model.tie_weights()
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
+    return model.eval()

@@ -201,19 +201,20 @@ class CompactDora(DoraLinearLayer):
         return (kept.to(square).square() + dropped).sqrt().to(kept.dtype)
 
 
-def _keep_dora_norms(layer: Any, dropped: torch.Tensor) -> None:
+def keep_dora_norms(layer: Any, dropped: torch.Tensor) -> None:
+    """See that columns which are about to go still count in the row norms of DoRA, if the layer has it."""
     for adapter in _dora_adapters(layer):
         layer.lora_magnitude_vector[adapter] = CompactDora(layer, adapter, dropped)
 
 
-def _refuse_other_adapters(layers: Collection[nn.Module]) -> None:
+def refuse_what_cannot_be_cut(layers: Collection[nn.Module], what: str) -> None:
+    """Raise ValueError for quantised weights and for adapters other than LoRA and DoRA."""
+    _refuse_quantised(layers, what)
     for layer in layers:
         variants = {type(v).__name__ for v in getattr(layer, "lora_variant", {}).values()} - {"DoraLinearVariant"}
         if variants or (base(layer) is not layer and not _adapters(layer)):
             found = ", ".join(variants) or type(layer).__name__
-            raise ValueError(
-                f"compact: found an adapter of kind {found}; only LoRA and DoRA on linears can be cut live"
-            )
+            raise ValueError(f"{what}: found an adapter of kind {found}; only LoRA and DoRA on linears can be cut live")
 
 
 # ---------------------------------------------------------------- HSMs
@@ -281,15 +282,14 @@ def compact(
     writers = decoder.writers()
     if unknown := set(wide) - set(writers):
         raise ValueError(f"wide: unknown writers {sorted(unknown)}; expected names like {', '.join(list(writers)[:3])}")
-    _refuse_quantised([*readers, *writers.values()], "compact")
-    _refuse_other_adapters([*readers, *writers.values()])
+    refuse_what_cannot_be_cut([*readers, *writers.values()], "compact")
     old = decoder.hidden_size
     kept = check_keep(decoder, keep)
-    dropped = _complement(kept, old)
+    dropped = complement(kept, old)
     if "embedding" in wide:
         _untie_frozen(decoder)
     for linear in readers:
-        _keep_dora_norms(linear, dropped)
+        keep_dora_norms(linear, dropped)
 
     selections: dict[nn.Parameter, Selection] = {}
     for name, writer in writers.items():
@@ -300,15 +300,20 @@ def compact(
     for reads in decoder.reads():
         selections[weight_of(reads.norm)] = Selection(0, kept)
 
-    for parameter, select in selections.items():
-        parameter.data = select(parameter.data).contiguous()
-        parameter.grad = None
-    for module in (*readers, *writers.values()):
-        _state_widths(module)
+    select(selections, [*readers, *writers.values()])
     for reads in decoder.reads():
         decoder.set_gain(reads.norm, decoder.gain(reads.norm) * (old / len(kept)) ** 0.5)
         decoder.set_epsilon(reads.norm, decoder.epsilon(reads.norm) * old / len(kept))
     return selections
+
+
+def select(selections: Mapping[nn.Parameter, Selection], layers: Collection[nn.Module]) -> None:
+    """Cut parameters, whose objects stay (gradients are dropped), and state the new widths of their layers."""
+    for parameter, selection in selections.items():
+        parameter.data = selection(parameter.data).contiguous()
+        parameter.grad = None
+    for layer in layers:
+        _state_widths(layer)
 
 
 def slice_hidden(model: nn.Module, keep: Sequence[int] | torch.Tensor) -> nn.Module:
@@ -325,7 +330,8 @@ def slice_hidden(model: nn.Module, keep: Sequence[int] | torch.Tensor) -> nn.Mod
     return settle_config(model)
 
 
-def _complement(kept: torch.Tensor, width: int) -> torch.Tensor:
+def complement(kept: torch.Tensor, width: int) -> torch.Tensor:
+    """The indices below `width` that are not in `kept`, rising."""
     others = torch.ones(width, dtype=torch.bool)
     others[kept] = False
     return others.nonzero().flatten()
