@@ -8,5 +8,6 @@ from __future__ import annotations
 
 from pyprune._ops.dispatch import OPS, Implementation, choose, using
 from pyprune._ops.hsm import hsm, hsm_residual_rmsnorm
+from pyprune._ops.lora_score import lora_group_score
 
-__all__ = ["OPS", "Implementation", "choose", "hsm", "hsm_residual_rmsnorm", "using"]
+__all__ = ["OPS", "Implementation", "choose", "hsm", "hsm_residual_rmsnorm", "lora_group_score", "using"]

@@ -5,8 +5,17 @@ plain torch would: intermediate results are stored in the inputs' dtype.
 """
 
 from pyprune.reference.hsm import hsm, hsm_backward, hsm_residual_rmsnorm, hsm_residual_rmsnorm_backward
+from pyprune.reference.lora_score import lora_group_score
 
 name = "reference"
 description = "plain torch"
 
-__all__ = ["description", "hsm", "hsm_backward", "hsm_residual_rmsnorm", "hsm_residual_rmsnorm_backward", "name"]
+__all__ = [
+    "description",
+    "hsm",
+    "hsm_backward",
+    "hsm_residual_rmsnorm",
+    "hsm_residual_rmsnorm_backward",
+    "lora_group_score",
+    "name",
+]
