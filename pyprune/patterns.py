@@ -1,0 +1,113 @@
+"""Which weights may stay: patterns of sparsity, and the masks that keep the highest scores under them.
+
+A mask is bool [out, in], True where the weight stays. Counts are exact: a mask drops as many weights as it was asked
+to. Ties: among equal scores an unstructured pattern drops the lower index first (row by row, as Wanda's stable sort
+does), and an N:M pattern keeps the lower index.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NAMES = "layer, row, balanced or N:M (as 2:4)"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One of
+
+    layer     unstructured, the lowest scores of a whole linear go;
+    row       unstructured, each output row loses the same share: its lowest scores go, and where the count leaves a
+              remainder, one more each in the rows where that costs the lowest score;
+    balanced  the same number of weights in every row, exactly;
+    N:M       `n` of every `m` neighbours along the input stay.
+    """
+
+    name: str
+    n: int = 0
+    m: int = 0
+
+    @property
+    def grouped(self) -> bool:
+        """Whether this is an N:M pattern, which fixes the sparsity."""
+        return self.m > 0
+
+    def check(self, name: str, rows: int, columns: int) -> None:
+        """Raises ValueError when the pattern does not fit a linear of this shape."""
+        if self.grouped and columns % self.m:
+            raise ValueError(
+                f"pattern {self.name}: {name} has {columns} inputs, which groups of {self.m} do not divide; "
+                f"choose an M that divides {columns}, or the pattern row"
+            )
+
+    def count(self, wanted: int, rows: int, columns: int) -> int:
+        """The number of weights to drop that the pattern allows, nearest to `wanted`."""
+        if self.grouped:
+            return rows * columns // self.m * (self.m - self.n)
+        return round(wanted / rows) * rows if self.name == "balanced" else wanted
+
+    def mask(self, scores: Tensor, drop: int) -> Tensor:
+        """The mask that keeps the highest of `scores` [out, in] and drops `drop` of them, a number that `count` gave.
+
+        Raises ValueError for scores that are not finite.
+        """
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError("scores are not finite (NaN or infinite)")
+        if self.grouped:
+            return keep_n_of_m(scores, self.n, self.m)
+        if self.name == "layer":
+            return keep_highest(scores.reshape(1, -1), drop).view_as(scores)
+        return _keep_in_rows(scores, drop)
+
+
+def parse(text: str) -> Pattern:
+    """The pattern of that name. Raises ValueError for an unknown one, and for N:M unless 0 < N < M."""
+    if text in ("layer", "row", "balanced"):
+        return Pattern(text)
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None:
+        raise ValueError(f"pattern is {text!r}; expected {NAMES}")
+    n, m = int(match[1]), int(match[2])
+    if not 0 < n < m:
+        raise ValueError(f"pattern is {text!r}; expected N:M with 0 < N < M, N weights of every M stay")
+    return Pattern(text, n, m)
+
+
+def keep_highest(scores: Tensor, drop: int) -> Tensor:
+    """Per row of `scores` [r, c], drops exactly the `drop` lowest; among equal ones the lower index goes first."""
+    if drop == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = _kth_lowest(scores, drop)
+    below, equal = scores < threshold, scores == threshold
+    room = drop - below.sum(1, keepdim=True)
+    return ~(below | (equal & (equal.cumsum(1) <= room)))
+
+
+def _kth_lowest(scores: Tensor, k: int) -> Tensor:
+    """[r, 1]. Selecting is fastest on a CPU; a GPU selects with one block for each row, and sorts with all of them."""
+    if scores.is_cuda:
+        return scores.sort(dim=1).values[:, k - 1 : k]
+    return scores.kthvalue(k, dim=1, keepdim=True).values
+
+
+def _keep_in_rows(scores: Tensor, drop: int) -> Tensor:
+    each, more = divmod(drop, len(scores))
+    keep = keep_highest(scores, each)
+    if more:
+        lowest_kept = scores.masked_fill(~keep, torch.inf).argmin(1)  # the first of equal ones
+        costs = scores.gather(1, lowest_kept[:, None]).T
+        chosen = ~keep_highest(costs, more)[0]
+        keep[chosen, lowest_kept[chosen]] = False
+    return keep
+
+
+def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """Keeps the `n` highest of every `m` neighbours; among equal ones the lower index stays."""
+    groups = scores.unflatten(1, (-1, m))
+    order = groups.argsort(dim=-1, descending=True, stable=True)
+    keep = torch.zeros_like(groups, dtype=torch.bool)
+    return keep.scatter_(-1, order[..., :n], True).flatten(1)
