@@ -9,5 +9,18 @@ from __future__ import annotations
 from pyprune._ops.dispatch import OPS, Implementation, choose, using
 from pyprune._ops.hsm import hsm, hsm_residual_rmsnorm
 from pyprune._ops.lora_score import lora_group_score
+from pyprune._ops.nm_adamw import masked_weight, nm_adamw_
+from pyprune._ops.transposable import transposable_prune
 
-__all__ = ["OPS", "Implementation", "choose", "hsm", "hsm_residual_rmsnorm", "lora_group_score", "using"]
+__all__ = [
+    "OPS",
+    "Implementation",
+    "choose",
+    "hsm",
+    "hsm_residual_rmsnorm",
+    "lora_group_score",
+    "masked_weight",
+    "nm_adamw_",
+    "transposable_prune",
+    "using",
+]

@@ -1,9 +1,10 @@
 """The ops on the C++ CPU kernels of `pyprune._C.cpu`, one file a family. Each class below has its family's ops."""
 
 from pyprune._cpu.hsm import Hsm
+from pyprune._cpu.nm_adamw import NmAdamw
 
 
-class CpuKernels(Hsm):
+class CpuKernels(Hsm, NmAdamw):
     """See `pyprune.ops.Implementation`."""
 
     name = "cpu"

@@ -2,11 +2,12 @@
 
 from pyprune._cuda.common import runs_on
 from pyprune._cuda.hsm import Hsm
+from pyprune._cuda.nm_adamw import NmAdamw
 
 __all__ = ["CudaKernels", "runs_on"]
 
 
-class CudaKernels(Hsm):
+class CudaKernels(Hsm, NmAdamw):
     """See `pyprune.ops.Implementation`."""
 
     name = "cuda"

@@ -112,13 +112,15 @@ def _choose_cuda(index: int) -> tuple[Implementation, str]:
     return _CUDA, "compiled"
 
 
-def run(op: str, x: Tensor, tensors: tuple[Tensor, ...], *options: Any) -> Any:
-    """Runs `op` on the implementation for x. Autograd and autocast end here: gradients are each family's Functions."""
+def run(op: str, x: Tensor, tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
+    """Runs `op` on the implementation for x; an optional tensor may be None. Autograd and autocast end here:
+    gradients are each family's Functions."""
     implementation, _ = choose(op, x.device, x.dtype)
     device = x.device.type
     autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     with torch.no_grad(), autocast:
-        return getattr(implementation, op)(*(tensor.contiguous() for tensor in tensors), *options)
+        arguments = (None if tensor is None else tensor.contiguous() for tensor in tensors)
+        return getattr(implementation, op)(*arguments, *options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

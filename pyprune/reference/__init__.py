@@ -6,6 +6,8 @@ plain torch would: intermediate results are stored in the inputs' dtype.
 
 from pyprune.reference.hsm import hsm, hsm_backward, hsm_residual_rmsnorm, hsm_residual_rmsnorm_backward
 from pyprune.reference.lora_score import lora_group_score
+from pyprune.reference.nm_adamw import masked_weight, nm_adamw_
+from pyprune.reference.transposable import transposable_prune
 
 name = "reference"
 description = "plain torch"
@@ -17,5 +19,8 @@ __all__ = [
     "hsm_residual_rmsnorm",
     "hsm_residual_rmsnorm_backward",
     "lora_group_score",
+    "masked_weight",
     "name",
+    "nm_adamw_",
+    "transposable_prune",
 ]
