@@ -285,6 +285,13 @@ class Block:
                 )
         return {name: found[group[0]] for group in groups for name in group if name in names}
 
+    def grams(self, sequential: bool) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """For each group its names and the sum of x x^T [in, in] over what they read: of the block as it is before
+        anything is pruned, in one pass, or `sequential`, in a pass each, of what the changed linears before give."""
+        found = {} if sequential else self.statistics(Gram)
+        for group in self.groups:
+            yield group, (found or self.statistics(Gram, group))[group[0]].total
+
     def mask(self, name: str, scores: Tensor) -> Tensor:
         """The mask that keeps the highest scores of a linear under the method's pattern, and drops what it must."""
         try:

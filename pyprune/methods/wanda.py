@@ -10,6 +10,7 @@ from torch import Tensor
 from pyprune.blockwise import Block, InputNorm
 from pyprune.methods import option
 from pyprune.methods.oneshot import OneShot
+from pyprune.patterns import keep_highest
 
 
 @dataclass
@@ -28,7 +29,10 @@ class Wanda(OneShot):
         norms = block.statistics(InputNorm)
         for name, linear in block.linears.items():
             scores = wanda_scores(linear.matrix, norms[name].norm)
-            block.keep(name, block.mask(name, scores))
+            if self.variant:
+                block.keep(name, keep_highest(shares_of_rows(scores).view(1, -1), block.drop[name]).view_as(scores))
+            else:
+                block.keep(name, block.mask(name, scores))
 
 
 def wanda_scores(weight: Tensor, norm: Tensor) -> Tensor:
