@@ -1,7 +1,8 @@
 """The methods, by name. A method is one dataclass in one file; its fields are its options, also on the command line.
 
-To add one, write `methods/NAME.py` with a dataclass that satisfies `Method`, whose fields carry
-`metadata={"help": ...}`, and name it in `REGISTRY`.
+A method that tunes satisfies `Method` and is named in `REGISTRY`. One that prunes without training, block by block, is
+derived from `methods.oneshot.OneShot`, satisfies `blockwise.BlockMethod` and is named in `ONE_SHOT`. To add either,
+write `methods/NAME.py` with a dataclass whose fields carry `metadata={"help": ...}`, and name it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,14 @@ REGISTRY = {
     "lora": "pyprune.methods.lora:LoRA",
 }
 
+ONE_SHOT = {
+    "magnitude": "pyprune.methods.magnitude:Magnitude",
+    "wanda": "pyprune.methods.wanda:Wanda",
+    "sparsegpt": "pyprune.methods.sparsegpt:SparseGPT",
+    "admm": "pyprune.methods.admm:ADMM",
+    "alps": "pyprune.methods.admm:ALPS",
+}
+
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a method: its default, the help of its command line option, and for that option e.g. `choices`."""
@@ -57,9 +66,10 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 def find(name: str) -> type[Any]:
     """The class of a method. Only its own file is imported. Raises ValueError for an unknown name."""
-    if name not in REGISTRY:
-        raise ValueError(f"method is {name!r}; expected one of {', '.join(REGISTRY)}")
-    module, _, attribute = REGISTRY[name].partition(":")
+    known = REGISTRY | ONE_SHOT
+    if name not in known:
+        raise ValueError(f"method is {name!r}; expected one of {', '.join(known)}")
+    module, _, attribute = known[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 

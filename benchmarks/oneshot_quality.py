@@ -1,0 +1,255 @@
+"""The quality of one-shot pruning on a real model: perplexity of every method at several sparsities, one table.
+
+    python benchmarks/oneshot_quality.py                 an hour and more; stop it at will, the same command goes on
+    python benchmarks/oneshot_quality.py --table         the table of docs/oneshot.md, from oneshot_quality.csv
+    python benchmarks/oneshot_quality.py --methods wanda --levels 0.5 2:4
+
+All methods prune the demo's model on the same calibration windows and are measured on the same held-out text. Sparsity
+is counted from the zeros of the blocks' linears. Each trial is kept under --out as soon as it is done, and its blocks
+while it runs. The result is oneshot_quality.csv, one row for each trial, and the picture oneshot_quality.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from models import conditions
+from pat_quality import read_csv, write_csv
+from torch import Tensor, get_num_threads, set_num_threads
+
+from pyprune import data, evaluation
+from pyprune.blockwise import prune
+from pyprune.cli.fields import add_fields, from_fields
+from pyprune.data import TokenStream
+from pyprune.methods import find
+from pyprune.models import open_model, open_tokenizer
+from pyprune.oneshot import Recipe, calibration_batches
+from pyprune.runs import environment, write_json
+
+CSV = Path(__file__).with_name("oneshot_quality.csv")
+DEFAULTS = {"calibration_windows": 32, "calibration_window": 512, "eval_window": 512, "eval_tokens": 16384}
+DEFAULTS |= {"dtype": "float32"}
+LEVELS = ("0.5", "0.6", "0.7", "2:4")
+# name -> (method, options)
+TRIALS: dict[str, tuple[str, dict[str, Any]]] = {
+    "magnitude": ("magnitude", {}),
+    "wanda": ("wanda", {}),
+    "wanda-owl": ("wanda", {"allocation": "owl"}),
+    "sparsegpt": ("sparsegpt", {}),
+    "admm": ("admm", {}),
+    "alps": ("alps", {}),
+}
+LABELS = {
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "wanda-owl": "Wanda + OWL",
+    "sparsegpt": "SparseGPT",
+    "admm": "ADMM",
+    "alps": "ALPS",
+}
+
+Cell = dict[str, str]  # one row of the csv
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One method at one level: a sparsity, or N:M."""
+
+    name: str
+    level: str
+
+    def method(self) -> Any:
+        """The method with its options."""
+        method, options = TRIALS[self.name]
+        if ":" not in self.level:
+            return find(method)(sparsity=float(self.level), **options)
+        n, m = map(int, self.level.split(":"))
+        return find(method)(sparsity=1 - n / m, pattern=self.level, **options)
+
+
+def trials(names: Sequence[str], levels: Sequence[str]) -> list[Trial]:
+    """The cheapest first; OWL gives every block a sparsity of its own, which N:M does not allow."""
+    return [
+        Trial(name, level)
+        for level in levels
+        for name in names
+        if not (":" in level and "allocation" in TRIALS[name][1])
+    ]
+
+
+def run(trial: Trial, dense: Path, calibration: Sequence[Tensor], text: TokenStream, recipe: Recipe, out: Path) -> Any:
+    """The record of one trial, from its file when it was done before."""
+    path = out / f"{trial.name}-{trial.level.replace(':', 'of')}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    model, blocks = open_model(dense, recipe.dtype), path.with_suffix("")
+    start = time.monotonic()
+    method = trial.method()
+    pruned = prune(model, method, calibration, folder=blocks, keep=recipe.keep, progress=True)  # type: ignore[arg-type]
+    seconds = time.monotonic() - start
+    record = {
+        **{"method": trial.name, "level": trial.level, "options": repr(method)},
+        **{"sparsity": pruned.sparsity, "zeros": pruned.zeros, "size": pruned.size, "seconds": seconds},
+        **{"perplexity": measure(model, text, recipe)},
+    }
+    write_json(path, record)
+    shutil.rmtree(blocks, ignore_errors=True)
+    return record
+
+
+def measure(model: Any, text: TokenStream, recipe: Recipe) -> float:
+    """Perplexity on the held-out text."""
+    ids = text.ids[: recipe.eval_tokens]
+    return evaluation.perplexity(model, ids, recipe.eval_window, bos=text.bos, progress=True).value
+
+
+def rows(records: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
+    """What the csv has of each record, and beside it what it was measured with."""
+    where = environment()
+    shared = {
+        "calibration": f"{recipe.calibration_windows}x{recipe.calibration_window}",
+        "eval_tokens": recipe.eval_tokens,
+        "eval_window": recipe.eval_window,
+        "dtype": recipe.dtype,
+        "seed": recipe.seed,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "hardware": where["hardware"]["gpu"] or where["hardware"]["cpu"],
+        "threads": where["hardware"]["threads"],
+        **{name: where["versions"][name] for name in ("torch", "transformers", "pyprune")},
+        "commit": (where["commit"] or "unknown")[:12],
+    }
+    return [
+        {
+            "method": record["method"],
+            "level": record["level"],
+            "sparsity": f"{record['sparsity']:.6f}",
+            "perplexity": f"{record['perplexity']:.4f}",
+            "seconds": f"{record['seconds']:.0f}",
+            **shared,
+            "options": record["options"],
+        }
+        for record in records
+    ]
+
+
+# ------------------------------------------------------------------------------------------- the table and the picture
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Markdown: a line for each method, a column of perplexity for each level, and below it the protocol."""
+    levels = sorted(
+        {cell["level"] for cell in cells if cell["method"] != "dense"}, key=lambda level: (":" in level, level)
+    )
+    dense = next(cell for cell in cells if cell["method"] == "dense")
+    found = {(cell["method"], cell["level"]): float(cell["perplexity"]) for cell in cells}
+    names = [name for name in LABELS if any(key[0] == name for key in found)]
+    best = {level: min(value for (_, other), value in found.items() if other == level) for level in levels}
+
+    def shown(name: str, level: str) -> str:
+        if (name, level) not in found:
+            return ""
+        value = found[name, level]
+        text = f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+        return f"**{text}**" if value == best[level] else text
+
+    head = ["", *(level if ":" in level else f"{float(level):.0%}" for level in levels)]
+    body = [[LABELS[name], *(shown(name, level) for level in levels)] for name in names]
+    text = ["| " + " | ".join(line) + " |" for line in (head, ["---", *["---:"] * len(levels)], *body)]
+    calibration = "{} windows of {} tokens".format(*dense["calibration"].split("x"))
+    text += [
+        "",
+        f"{data.DEMO_MODEL}; dense: {float(dense['perplexity']):.1f}. Perplexity on "
+        f"{int(dense['eval_tokens']):,} held-out tokens, windows of {dense['eval_window']} without overlap; calibration: {calibration}; both from {data.DEMO_TEXT}. "
+        f"{dense['dtype']}, seed {dense['seed']}, pyprune {dense['pyprune']}, {dense['date']}.",
+    ]
+    return "\n".join(text)
+
+
+def picture(cells: Sequence[Cell], path: Path) -> None:
+    """Perplexity, logarithmic, over sparsity: a line for each method, crosses for 2:4."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 5.2), layout="constrained")
+    for name, label in LABELS.items():
+        line = sorted(
+            (100 * float(c["sparsity"]), float(c["perplexity"]))
+            for c in cells
+            if c["method"] == name and ":" not in c["level"]
+        )
+        if not line:
+            continue
+        (drawn,) = axes.plot(*zip(*line, strict=True), marker="o", label=label)
+        grouped = [
+            (100 * float(c["sparsity"]), float(c["perplexity"]))
+            for c in cells
+            if c["method"] == name and ":" in c["level"]
+        ]
+        if grouped:
+            axes.plot(*zip(*grouped, strict=True), marker="x", linestyle="", color=drawn.get_color())
+    dense = next(cell for cell in cells if cell["method"] == "dense")
+    axes.axhline(float(dense["perplexity"]), color="gray", linestyle=":", label="dense")
+    axes.set_yscale("log")
+    axes.set_xlabel("weights removed from the blocks' linears (%); crosses: 2:4")
+    axes.set_ylabel(f"perplexity, {int(dense['eval_tokens']):,} held-out tokens")
+    axes.set_title("SmolLM2-135M (4-bit-rounded), pruned without training", fontsize=11)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=9)
+    figure.savefig(path, dpi=160)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Runs what is not done yet, or prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table of oneshot_quality.csv and run nothing")
+    parser.add_argument("--out", type=Path, default=Path("runs/oneshot_quality"), help="where the trials are kept")
+    parser.add_argument("--model", type=Path, help="folder of the demo's model (default: made under --out)")
+    parser.add_argument("--methods", nargs="+", default=list(TRIALS), choices=list(TRIALS))
+    parser.add_argument("--levels", nargs="+", default=list(LEVELS), help="sparsities and N:M patterns")
+    parser.add_argument("--threads", type=int, default=get_num_threads())
+    add_fields(parser, Recipe, DEFAULTS)
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(read_csv(CSV)))
+        return
+    set_num_threads(arguments.threads)
+    print(conditions(arguments.threads))
+    recipe: Recipe = from_fields(Recipe, arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    dense = arguments.model or arguments.out / "dense"
+    if not dense.exists():
+        data.demo_model(dense)
+    tokenizer, corpus = open_tokenizer(dense), data.demo_text()
+    calibration = calibration_batches(corpus.calibration, tokenizer, recipe)
+    text = data.encode(corpus.held_out, tokenizer)
+    path = arguments.out / "dense.json"
+    if not path.exists():
+        perplexity = measure(open_model(dense, recipe.dtype), text, recipe)
+        write_json(
+            path,
+            {"method": "dense", "level": "0", "options": "", "sparsity": 0, "seconds": 0, "perplexity": perplexity},
+        )
+    for trial in trials(arguments.methods, arguments.levels):
+        record = run(trial, dense, calibration, text, recipe, arguments.out)
+        print(
+            f"{trial.name} {trial.level}: perplexity {record['perplexity']:.2f}, {record['seconds']:.0f} s", flush=True
+        )
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(arguments.out.glob("*.json"))]
+    write_csv(rows(records, recipe), CSV)
+    picture(read_csv(CSV), CSV.with_suffix(".png"))
+    print(table(read_csv(CSV)))
+
+
+if __name__ == "__main__":
+    main()
