@@ -6,21 +6,39 @@ one implementation, `choose` tells which one an op would run on, and `OPS` names
 
 from __future__ import annotations
 
+from pyprune._ops.bitmap import bitmap_pack, bitmap_unpack, check_bitmap
 from pyprune._ops.dispatch import OPS, Implementation, choose, using
 from pyprune._ops.hsm import hsm, hsm_residual_rmsnorm
 from pyprune._ops.lora_score import lora_group_score
+from pyprune._ops.nm import check_nm, nm_compress, nm_decompress, nm_prune
 from pyprune._ops.nm_adamw import masked_weight, nm_adamw_
+from pyprune._ops.rank import rank_allocate, rank_bucket_grad, rank_mask
+from pyprune._ops.sparse_gemm import bitmap_linear, gathered_linear, masked_linear, nm_linear
 from pyprune._ops.transposable import transposable_prune
 
 __all__ = [
     "OPS",
     "Implementation",
+    "bitmap_linear",
+    "bitmap_pack",
+    "bitmap_unpack",
+    "check_bitmap",
+    "check_nm",
     "choose",
+    "gathered_linear",
     "hsm",
     "hsm_residual_rmsnorm",
     "lora_group_score",
+    "masked_linear",
     "masked_weight",
     "nm_adamw_",
+    "nm_compress",
+    "nm_decompress",
+    "nm_linear",
+    "nm_prune",
+    "rank_allocate",
+    "rank_bucket_grad",
+    "rank_mask",
     "transposable_prune",
     "using",
 ]

@@ -12,10 +12,12 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     ["_native", "console", "architectures", "models", "methods", "schedules", "patterns", "allocation"],
     ["reference.bits", "_cpu.common"],
+    ["reference.nm", "reference.bitmap"],
     ["reference.*", "_cuda.common"],
     ["reference", "_cpu.*", "_cuda.*", "surgery"],
     ["_cpu", "_cuda", "basis", "data", "evaluation"],
     ["_ops", "_ops.dispatch"],
+    ["_ops.nm", "_ops.bitmap", "_ops.nm_adamw"],
     ["_ops.*"],
     ["ops", "training"],
     ["modules", "info", "blockwise", "methods.oneshot"],

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""An integer dtype for each size of an element, to look at its bits."""
+
 
 def pack_bits(mask: Tensor) -> Tensor:
     """bool [..., columns] -> uint8 [..., ceil(columns / 8)]; the bits past the last column are 0."""
@@ -17,3 +20,8 @@ def unpack_bits(bits: Tensor, columns: int) -> Tensor:
     """uint8 [..., ceil(columns / 8)] -> bool [..., columns]."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (bits[..., None] >> places & 1).flatten(-2)[..., :columns].bool()
+
+
+def is_nonzero(weight: Tensor) -> Tensor:
+    """bool: everything but +0 and -0. Reads the bits, so that NaN and denormals count whatever the processor's mode."""
+    return (weight.view(INTEGERS[weight.element_size()]) << 1) != 0
