@@ -15,13 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import surgery
-from pyprune.architectures import Decoder, Groups, describe, weight_of
+from pyprune.architectures import Decoder, Groups, Part, describe, weight_of
 from pyprune.surgery import Selection
 
 
 def entries(part_width: int, offset: int, groups: Tensor) -> Tensor:
     """Indices of the entries that `groups` own in a dimension: `part_width` each, in rising order of the groups."""
     return (offset + groups[:, None] * part_width + torch.arange(part_width)).flatten()
+
+
+def axes_of(part: Part) -> Iterator[tuple[nn.Parameter, int]]:
+    """The parameters of a part's linear and its adapters that have its dimension, and where."""
+    return surgery.input_axes(part.linear) if part.dim == 1 else surgery.output_axes(part.linear)
 
 
 def check_groups(groups: Groups, kept: Sequence[int] | Tensor) -> Tensor:
@@ -70,8 +75,7 @@ def remove_groups(model: nn.Module, kept: Mapping[str, Sequence[int] | Tensor]) 
             index = torch.cat([entries(part.width, part.offset, chosen[groups.name]) for part in parts])
             if dim == 1:
                 surgery.keep_dora_norms(linear, surgery.complement(index, weight_of(linear).shape[1]))
-            axes = surgery.input_axes(linear) if dim == 1 else surgery.output_axes(linear)
-            selections |= {parameter: Selection(axis, index) for parameter, axis in axes}
+            selections |= {parameter: Selection(axis, index) for parameter, axis in axes_of(parts[0])}
     surgery.select(selections, linears)
     decoder.state_widths()
     return selections

@@ -365,21 +365,20 @@ def check_keep(decoder: Decoder, keep: Sequence[int] | torch.Tensor) -> torch.Te
             f"keep: {len(index)} channels, but {type(decoder.config).__name__} wants hidden_size to be a multiple of "
             f"{decoder.family.width_multiple} = {decoder.width_multiple}; keep a multiple of that many"
         )
-    _check_stock_config(decoder, len(index))
+    if reason := stock_refusal(decoder, hidden_size=len(index)):
+        raise ValueError(f"keep: {reason}")
     return index.long()
 
 
-def _check_stock_config(decoder: Decoder, width: int) -> None:
-    """Ask the stock config class whether it takes the new width, before anything is changed."""
+def stock_refusal(decoder: Decoder, **fields: int) -> str | None:
+    """Why the stock config class does not take other sizes, such as hidden_size; None when it does."""
     config = decoder.config
-    fields = config.to_dict() | {"hidden_size": width, "head_dim": decoder.head_dim}
     try:
-        type(config).from_dict(fields)
+        type(config).from_dict(config.to_dict() | {"head_dim": decoder.head_dim} | fields)
     except Exception as error:  # huggingface_hub's strict dataclasses have exception types of their own
-        raise ValueError(
-            f"keep: {type(config).__name__} does not accept hidden_size {width} with head_dim {decoder.head_dim}, so "
-            f"no stock checkpoint of this width exists: {error}"
-        ) from error
+        sizes = " and ".join(f"{name} {value}" for name, value in (fields | {"head_dim": decoder.head_dim}).items())
+        return f"{type(config).__name__} does not accept {sizes}, so no stock checkpoint of this shape exists: {error}"
+    return None
 
 
 @torch.no_grad()
