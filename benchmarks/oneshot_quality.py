@@ -36,7 +36,7 @@ from pyprune.runs import environment, write_json
 
 CSV = Path(__file__).with_name("oneshot_quality.csv")
 DEFAULTS = {"calibration_windows": 32, "calibration_window": 512, "eval_window": 512, "eval_tokens": 16384}
-DEFAULTS |= {"dtype": "float32"}
+DEFAULTS |= {"dtype": "bfloat16"}
 LEVELS = ("0.5", "0.6", "0.7", "2:4")
 # name -> (method, options)
 TRIALS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -164,13 +164,15 @@ def table(cells: Sequence[Cell]) -> str:
     body = [[LABELS[name], *(shown(name, level) for level in levels)] for name in names]
     text = ["| " + " | ".join(line) + " |" for line in (head, ["---", *["---:"] * len(levels)], *body)]
     calibration = "{} windows of {} tokens".format(*dense["calibration"].split("x"))
-    text += [
-        "",
-        f"{data.DEMO_MODEL}; dense: {float(dense['perplexity']):.1f}. Perplexity on "
-        f"{int(dense['eval_tokens']):,} held-out tokens, windows of {dense['eval_window']} without overlap; calibration: {calibration}; both from {data.DEMO_TEXT}. "
-        f"{dense['dtype']}, seed {dense['seed']}, pyprune {dense['pyprune']}, {dense['date']}.",
-    ]
-    return "\n".join(text)
+    return "\n".join(
+        [
+            *text,
+            "",
+            f"{data.DEMO_MODEL}; dense: {float(dense['perplexity']):.1f}. Perplexity on {int(dense['eval_tokens']):,} "
+            f"held-out tokens, windows of {dense['eval_window']} without overlap; calibration: {calibration}; both "
+            f"from {data.DEMO_TEXT}. {dense['dtype']}, seed {dense['seed']}, {dense['date']}.",
+        ]
+    )
 
 
 def picture(cells: Sequence[Cell], path: Path) -> None:

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyprune import ops
+from pyprune.reference.bits import unpack_bits
+from pyprune.reference.selection import keep_highest
+
 NAMES = "layer, row, balanced or N:M (as 2:4)"
 
 
@@ -58,7 +62,8 @@ class Pattern:
         if not bool(torch.isfinite(scores).all()):
             raise ValueError("scores are not finite (NaN or infinite)")
         if self.grouped:
-            return keep_n_of_m(scores, self.n, self.m)
+            bits, _ = ops.nm_prune(scores, self.n, self.m)
+            return unpack_bits(bits, scores.shape[1])
         if self.name == "layer":
             return keep_highest(scores.reshape(1, -1), drop).view_as(scores)
         return _keep_in_rows(scores, drop)
@@ -77,23 +82,6 @@ def parse(text: str) -> Pattern:
     return Pattern(text, n, m)
 
 
-def keep_highest(scores: Tensor, drop: int) -> Tensor:
-    """Per row of `scores` [r, c], drops exactly the `drop` lowest; among equal ones the lower index goes first."""
-    if drop == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = _kth_lowest(scores, drop)
-    below, equal = scores < threshold, scores == threshold
-    room = drop - below.sum(1, keepdim=True)
-    return ~(below | (equal & (equal.cumsum(1) <= room)))
-
-
-def _kth_lowest(scores: Tensor, k: int) -> Tensor:
-    """[r, 1]. Selecting is fastest on a CPU; a GPU selects with one block for each row, and sorts with all of them."""
-    if scores.is_cuda:
-        return scores.sort(dim=1).values[:, k - 1 : k]
-    return scores.kthvalue(k, dim=1, keepdim=True).values
-
-
 def _keep_in_rows(scores: Tensor, drop: int) -> Tensor:
     each, more = divmod(drop, len(scores))
     keep = keep_highest(scores, each)
@@ -103,11 +91,3 @@ def _keep_in_rows(scores: Tensor, drop: int) -> Tensor:
         chosen = ~keep_highest(costs, more)[0]
         keep[chosen, lowest_kept[chosen]] = False
     return keep
-
-
-def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
-    """Keeps the `n` highest of every `m` neighbours; among equal ones the lower index stays."""
-    groups = scores.unflatten(1, (-1, m))
-    order = groups.argsort(dim=-1, descending=True, stable=True)
-    keep = torch.zeros_like(groups, dtype=torch.bool)
-    return keep.scatter_(-1, order[..., :n], True).flatten(1)

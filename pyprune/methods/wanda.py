@@ -10,7 +10,7 @@ from torch import Tensor
 from pyprune.blockwise import Block, InputNorm
 from pyprune.methods import option
 from pyprune.methods.oneshot import OneShot
-from pyprune.patterns import keep_highest
+from pyprune.reference.selection import keep_highest
 
 
 @dataclass

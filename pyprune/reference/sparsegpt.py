@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyprune.patterns import keep_highest, keep_n_of_m
-from pyprune.reference.bits import pack_bits
+from pyprune.reference.bits import pack_bits, unpack_bits
+from pyprune.reference.nm import nm_prune
+from pyprune.reference.selection import keep_highest
 
 
 def sparsegpt_solve(
@@ -54,7 +55,8 @@ def sparsegpt_solve(
         for j in range(begin, end):
             if n and j % m == 0:
                 group = slice(j, j + m)
-                keep[:, group] = keep_n_of_m((work[:, group] / diagonal[group]).square(), n, m)
+                bits, *_ = nm_prune((work[:, group] / diagonal[group]).square(), n, m, None)
+                keep[:, group] = unpack_bits(bits, m)
             solved = _rounded(work[:, j], j, columns, scale, zero, levels) * keep[:, j]
             error = (work[:, j] - solved) / diagonal[j]
             work[:, j + 1 : end] -= error[:, None] * hinv_upper[j, j + 1 : end]
