@@ -6,6 +6,12 @@
 //   A 16x16   a[0] = A[group][pair, pair + 1]   a[1]: row + 8   a[2]: column + 8   a[3]: row + 8 and column + 8
 //   B 16x8    b[0] = B[pair, pair + 1][group]   b[1]: row + 8
 //   D 16x8    d[0], d[1] = D[group][pair, pair + 1]   d[2], d[3]: row + 8
+// mma.sp.m16n8k32 ("... for sparse mma.m16n8k32"): A holds 16x16 of 16x32, two of every four columns, laid out as
+// above;
+//   B 32x8    b[i] = B[pair + 8 i, + 1][group]
+//   metadata  the place of each kept element in its four columns, 2 bits, so 16 bits for 16 columns of a row. Lane
+//             4 r + 2 s + h holds those of row r (low half) and row r + 8 (high half), columns 16 h .. + 16, where s is
+//             the selector: the other lanes' words are not read, so that one word a lane serves two products.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +36,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // Only the first `bytes` are read, the rest of the destination is zeroed.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
+
+// The same for 8 bytes, 8-byte aligned, through L1.
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");
 }
 
@@ -78,10 +90,37 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
   }
 }
 
+// d += A B for one 16x8 tile over k = 32, A with two of every four columns kept, fp32 accumulation.
+// The two places of every four columns are ascending ("ordered"); anything else is undefined.
+template <typename T, int kSelector>
+__device__ __forceinline__ void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                uint32_t metadata) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+          "n"(kSelector));
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>, "mma_sp_m16n8k32 takes __half or __nv_bfloat16");
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+          "n"(kSelector));
+  }
+}
+
 #else  // The emulated twins. `line` is the caller's, for messages and for fault injection.
 
 inline void cp_async_16(void* shared, const void* global, int bytes, int line = __builtin_LINE()) {
-  simt::async_copy(shared, global, bytes, line);
+  simt::async_copy(shared, global, 16, bytes, line);
+}
+
+inline void cp_async_8(void* shared, const void* global, int bytes, int line = __builtin_LINE()) {
+  simt::async_copy(shared, global, 8, bytes, line);
 }
 
 inline void cp_async_commit() { simt::async_commit(); }
@@ -128,10 +167,13 @@ struct MmaLane {
 };
 
 template <typename T>
+float fragment_element(uint32_t word, int parity) {
+  return simt::to_float(T{static_cast<uint16_t>(word >> 16 * parity)});
+}
+
+template <typename T>
 void multiply_fragments(MmaLane (&lanes)[32]) {
-  const auto element = [](uint32_t word, int parity) {
-    return simt::to_float(T{static_cast<uint16_t>(word >> 16 * parity)});
-  };
+  constexpr auto element = fragment_element<T>;
   float left[16][16], right[16][8];
   for (int l = 0; l < 32; ++l) {
     const int group = l / 4, pair = l % 4 * 2;
@@ -152,6 +194,45 @@ template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE()) {
   MmaLane mine{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   mine = simt::exchange(simt::kFullMask, mine, "mma", line, [](MmaLane(&lanes)[32]) { multiply_fragments<T>(lanes); });
+  std::memcpy(d, mine.d, sizeof d);
+}
+
+struct SparseMmaLane {
+  float d[4];
+  uint32_t a[4], b[4], metadata;
+};
+
+template <typename T>
+void multiply_sparse_fragments(SparseMmaLane (&lanes)[32], int selector, int line) {
+  constexpr auto element = fragment_element<T>;
+  float left[16][32] = {}, right[32][8];
+  for (int l = 0; l < 32; ++l) {
+    const int group = l / 4, pair = l % 4 * 2;
+    for (int e = 0; e < 2; ++e) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = group + i % 2 * 8, four = pair / 2 + i / 2 * 4;  // Four columns, of which two are kept.
+        const uint32_t word = lanes[group * 4 + selector * 2 + four / 4].metadata;
+        const uint32_t places = word >> (i % 2 * 16 + four % 4 * 4) & 15;
+        if ((places & 3) >= places >> 2) simt::fail("mma.sp: the places in the metadata do not ascend", line);
+        left[row][four * 4 + (e == 0 ? places & 3 : places >> 2)] = element(lanes[l].a[i], e);
+      }
+      for (int i = 0; i < 4; ++i) right[pair + e + i * 8][group] = element(lanes[l].b[i], e);
+    }
+  }
+  for (int l = 0; l < 32; ++l) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = l / 4 + i / 2 * 8, column = l % 4 * 2 + i % 2;
+      for (int k = 0; k < 32; ++k) lanes[l].d[i] += left[row][k] * right[k][column];
+    }
+  }
+}
+
+template <typename T, int kSelector>
+void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata,
+                     int line = __builtin_LINE()) {
+  SparseMmaLane mine{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, metadata};
+  mine = simt::exchange(simt::kFullMask, mine, "mma.sp", line,
+                        [line](SparseMmaLane(&lanes)[32]) { multiply_sparse_fragments<T>(lanes, kSelector, line); });
   std::memcpy(d, mine.d, sizeof d);
 }
 

@@ -40,29 +40,39 @@ FLAGS = (
 
 
 def build() -> Path:
-    """The emulated kernels as one shared library under build/, compiled unless that was done from the same sources."""
+    """The emulated kernels as one shared library under build/; what was compiled from the same text is taken again."""
     compiler = os.environ.get("CXX", "g++")
     includes = [pybind11.get_include(), sysconfig.get_path("include"), str(ROOT / "csrc"), str(HERE)]
     command = [compiler, *FLAGS, *(f"-I{folder}" for folder in includes)]
-    digest = hashlib.sha256(" ".join(command).encode())
-    for source in sorted([*(ROOT / "csrc").iterdir(), *HERE.glob("*.h"), *HERE.glob("*.c*")]):
-        digest.update(source.read_bytes())
-    folder = ROOT / "build/simt" / digest.hexdigest()[:16]
-    library = folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    common = hashlib.sha256(" ".join(command).encode())
+    for header in sorted([*(ROOT / "csrc").glob("*.*h"), *HERE.glob("*.h")]):
+        common.update(header.read_bytes())
+
+    def digest(source: Path) -> str:
+        mine = common.copy()
+        mine.update(source.read_bytes())
+        return mine.hexdigest()[:16]
+
+    folder = ROOT / "build/simt"
+    objects = [folder / f"{source.name}.{digest(source)}.o" for source in SOURCES]
+    everything = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
+    library = folder / everything / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if library.exists():
         return library
 
-    folder.mkdir(parents=True, exist_ok=True)
+    library.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as scratch:  # Another process may be building the same.
-        objects = [str(Path(scratch, f"{source.name}.o")) for source in SOURCES]
 
-        def compile_one(source: Path, target: str) -> None:
-            _run([*command, "-x", "c++", "-c", str(source), "-o", target])
+        def compile_one(source: Path, target: Path) -> None:
+            if not target.exists():
+                unfinished = Path(scratch, target.name)
+                _run([*command, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
+                os.replace(unfinished, target)
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, SOURCES, objects))
         unfinished = Path(scratch, library.name)
-        _run([compiler, "-shared", *objects, "-o", str(unfinished)])
+        _run([compiler, "-shared", *map(str, objects), "-o", str(unfinished)])
         os.replace(unfinished, library)
     return library
 

@@ -44,6 +44,9 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -119,7 +122,7 @@ enum class State { kReady, kBarrier, kWarp, kDone };
 struct Copy {
   void* to;
   const void* from;
-  int bytes, group;
+  int size, bytes, group;
 };
 
 struct Fiber {
@@ -224,18 +227,18 @@ Value exchange(unsigned mask, const Value& value, const char* name, int line, Fi
 }
 
 inline void land(const Copy& copy) {
-  std::memset(copy.to, 0, 16);
+  std::memset(copy.to, 0, static_cast<size_t>(copy.size));
   std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
 }
 
-inline void async_copy(void* shared, const void* global, int bytes, int line) {
-  require_aligned(shared, 16, "cp.async destination", line);
-  require_aligned(global, 16, "cp.async source", line);
+inline void async_copy(void* shared, const void* global, int size, int bytes, int line) {
+  require_aligned(shared, static_cast<size_t>(size), "cp.async destination", line);
+  require_aligned(global, static_cast<size_t>(size), "cp.async source", line);
   const auto* to = static_cast<unsigned char*>(shared);
-  if (to < shared_memory() || to + 16 > shared_memory() + block->shared->bytes())
+  if (to < shared_memory() || to + size > shared_memory() + block->shared->bytes())
     fail("cp.async destination is not in shared memory", line);
-  if (bytes < 0 || bytes > 16) fail("cp.async of " + std::to_string(bytes) + " bytes", line);
-  const Copy copy{shared, global, bytes, fiber->groups};
+  if (bytes < 0 || bytes > size) fail("cp.async of " + std::to_string(bytes) + " bytes", line);
+  const Copy copy{shared, global, size, bytes, fiber->groups};
   if (options.lazy)
     fiber->copies.push_back(copy);
   else
@@ -455,6 +458,15 @@ inline unsigned ballot(unsigned mask, bool predicate, int line) {
   });
 }
 
+// Of the eight bytes of b:a, those that the four lowest digits of `selector` name. Its sign mode is not in use here.
+inline unsigned permute_bytes(unsigned a, unsigned b, unsigned selector, int line) {
+  if (selector & 0x8888) fail("prmt: a selector with its sign bit set", line);
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return out;
+}
+
 inline float to_float(__nv_bfloat16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
   float out;
@@ -494,10 +506,29 @@ inline __half to_half(float value) {
 #define __shfl_sync(mask, value, source) simt::shuffle(mask, value, source, "__shfl_sync", __LINE__)
 #define __shfl_xor_sync(mask, value, bits) \
   simt::shuffle(mask, value, simt::lane() ^ (bits), "__shfl_xor_sync", __LINE__)
+#define __shfl_up_sync(mask, value, lanes) \
+  simt::shuffle(mask, value, simt::lane() - (simt::lane() < (lanes) ? 0 : (lanes)), "__shfl_up_sync", __LINE__)
+#define __byte_perm(a, b, selector) simt::permute_bytes(a, b, selector, __LINE__)
 
 template <typename T>
 T __ldg(const T* pointer) {
   return *pointer;
+}
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned bits) {
+  return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
+}
+
+// Threads take turns, so these are atomic.
+inline unsigned long long atomicAdd(unsigned long long* target, unsigned long long value) {
+  const unsigned long long before = *target;
+  *target += value;
+  return before;
+}
+inline unsigned long long atomicMin(unsigned long long* target, unsigned long long value) {
+  const unsigned long long before = *target;
+  *target = std::min(before, value);
+  return before;
 }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float __bfloat162float(__nv_bfloat16 value) { return simt::to_float(value); }
