@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +109,112 @@ class HSM(nn.Module):
     def extra_repr(self) -> str:
         compact = f", outputs={self.outputs}" if self.outputs != self.hidden_size else ""
         return f"hidden_size={self.hidden_size}, rank={self.rank}{compact}"
+
+
+class SparseLinear(nn.Linear):
+    """y = x W^T + b with W [out, in] packed: N:M, or a bitmap of any sparsity (docs/architecture.md, "Packed weights").
+
+    It is an `nn.Linear` whose `weight` is None, so that PEFT puts LoRA on top of it. The packed tensors are frozen
+    parameters: gradients go to x, to the bias and to SLoRB's part.
+
+    Attributes:
+        pattern: (n, m), or None for a bitmap.
+        values, metadata (N:M) or values, bitmap, offsets: what `ops.nm_compress` or `ops.bitmap_pack` returns.
+        slorb: the low-rank part beside it (`pyprune.masked.SLoRB`), or None.
+        transposed: whether it stands for a layer that stores [in, out], transformers' Conv1D.
+    """
+
+    values: nn.Parameter
+    metadata: nn.Parameter
+    bitmap: nn.Parameter
+    offsets: nn.Parameter
+
+    def __init__(
+        self,
+        packed: Mapping[str, Tensor],
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None = None,
+        pattern: tuple[int, int] | None = None,
+        *,
+        slorb: nn.Module | None = None,
+        transposed: bool = False,
+    ) -> None:
+        """Takes packed tensors as they are; `check` looks into those that come from elsewhere."""
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.pattern, self.slorb, self.transposed = pattern, slorb, transposed
+        self.register_parameter("weight", None)
+        for name in self.parts(pattern):
+            self.register_parameter(name, nn.Parameter(packed[name], requires_grad=False))
+        self.register_parameter("bias", bias)
+
+    @staticmethod
+    def parts(pattern: tuple[int, int] | None) -> tuple[str, ...]:
+        """Names of the packed tensors."""
+        return ("values", "bitmap", "offsets") if pattern is None else ("values", "metadata")
+
+    @classmethod
+    @torch.no_grad()
+    def pack(
+        cls, weight: Tensor, bias: nn.Parameter | None = None, pattern: tuple[int, int] | None = None, **options: Any
+    ) -> SparseLinear:
+        """Packs a dense weight [out, in] bit for bit; `options` as of the class.
+
+        Raises:
+            ValueError: the zeros are not those of `pattern`; the first group that does not fit is named.
+        """
+        tensors = ops.bitmap_pack(weight) if pattern is None else ops.nm_compress(weight, *pattern)
+        packed = dict(zip(cls.parts(pattern), tensors, strict=True))
+        return cls(packed, weight.shape[1], weight.shape[0], bias, pattern, **options)
+
+    def packed(self) -> dict[str, Tensor]:
+        """The packed tensors by name."""
+        return {name: self.get_parameter(name) for name in self.parts(self.pattern)}
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError unless the packed tensors are consistent; kernels trust them."""
+        shape = (self.out_features, self.in_features)
+        if self.pattern is None:
+            ops.check_bitmap(self.values, self.bitmap, self.offsets, *shape)
+        else:
+            ops.check_nm(self.values, self.metadata, *self.pattern, shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]; under autocast in the dtype of the values."""
+        if self.pattern is None:
+            sizes = (self.out_features, self.in_features)
+            y = ops.bitmap_linear(x, self.values, self.bitmap, self.offsets, *sizes, self.bias)
+        else:
+            y = ops.nm_linear(x, self.values, self.metadata, *self.pattern, self.bias)
+        return y if self.slorb is None else y + self.slorb(x)
+
+    @torch.no_grad()
+    def matrix(self) -> Tensor:
+        """W [out, in], dense, with SLoRB's part added."""
+        if self.pattern is None:
+            sizes = (self.out_features, self.in_features)
+            weight = ops.bitmap_unpack(self.values, self.bitmap, self.offsets, *sizes)
+        else:
+            weight = ops.nm_decompress(self.values, self.metadata, *self.pattern)
+        low_rank: Any = self.slorb
+        return weight if low_rank is None else weight + low_rank.matrix().to(weight.dtype)
+
+    @property
+    def qweight(self) -> Tensor:
+        """The values, by the name at which PEFT looks for the device and dtype of a layer without a weight."""
+        return self.values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight, without bias and SLoRB's part."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.packed().values())
+
+    def extra_repr(self) -> str:
+        packing = "bitmap" if self.pattern is None else "{}:{}".format(*self.pattern)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {packing}"
+        )
 
 
 class _OwnOptimizer(nn.Module):

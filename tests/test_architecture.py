@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # From the ground up: a module imports only from rows above its own. A name may hold "*"; the first fitting row counts.
 ROWS = [
-    ["_native", "console", "architectures", "models", "methods", "schedules", "allocation"],
+    ["_native", "_registration", "console", "architectures", "models", "methods", "schedules", "allocation"],
     ["reference.bits", "reference.selection", "_cpu.common"],
     ["reference.nm", "reference.bitmap"],
     ["reference.*", "_cuda.common"],
@@ -21,6 +21,10 @@ ROWS = [
     ["_ops.*"],
     ["ops", "training"],
     ["modules", "info", "patterns", "methods.oneshot", "oneshot"],
+    ["formats", "masked"],
+    ["quantizer"],
+    ["packing"],
+    ["checkpoint"],
     ["blockwise"],
     ["methods.lora", "methods.magnitude", "methods.wanda", "methods.sparsegpt", "methods.admm"],
     ["methods.pat"],

@@ -1,0 +1,202 @@
+"""Packed checkpoints: writing them, going back to dense ones, and reading those of compressed-tensors.
+
+Loading ours needs nothing from here: `AutoModelForCausalLM.from_pretrained(folder)` after `import pyprune`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from pyprune.formats import CheckpointError, Entry, read_headers
+from pyprune.packing import Report, sparsify
+from pyprune.quantizer import packed_linears
+from pyprune.reference.bits import unpack_bits
+from pyprune.surgery import strip_quantization
+
+BITMASK_FORMATS = ("sparse-24-bitmask", "sparse-bitmask")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save(
+    model: nn.Module, tokenizer: Any, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+) -> Report:
+    """Writes a packed checkpoint of a model whose weights have zeros; `folder` is then complete, or untouched.
+
+    Linears whose zeros fit N:M are packed so, others as bitmaps; one that is too dense to be smaller packed stays
+    dense, and the report says so. The model itself is left as it was. SLoRB's parts of `MaskedLinear`s are stored
+    beside them. What is packed depends on the zeros alone, not on the machine.
+
+    Args:
+        model: a transformers model, without adapters; dense with zeros, or packed already.
+        tokenizer: anything with `save_pretrained`, or None.
+        folder: must not exist, or be empty.
+        max_shard_size: of one *.safetensors file, as of `save_pretrained`.
+
+    Returns:
+        What became of every linear; print it.
+
+    Raises:
+        ValueError: the model has adapters. FileExistsError: `folder` is a file or not empty. OSError: it could not be
+            written.
+    """
+    with _packed(model) as report:
+        _write(model, tokenizer, folder, max_shard_size)
+    return report
+
+
+def save_dense(
+    model: nn.Module, tokenizer: Any, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+) -> None:
+    """Writes a stock checkpoint, zeros and all, that every tool loads; a packed model is unpacked, in place.
+
+    Arguments and errors as of `save`. SLoRB's parts are added into the weights.
+    """
+    if packed_linears(model):
+        model.dequantize()  # type: ignore[operator]
+    strip_quantization(model)
+    _write(model, tokenizer, folder, max_shard_size)
+
+
+@contextmanager
+def _packed(model: nn.Module) -> Iterator[Report]:
+    """The model with its linears packed, and dense again afterwards."""
+    dense = dict(model.named_modules(remove_duplicate=False))
+    before = set(packed_linears(model))
+    try:
+        yield sparsify(model, measure=False)
+    finally:
+        for name in packed_linears(model).keys() - before:
+            model.set_submodule(name, dense[name])
+        if not before:
+            strip_quantization(model)
+
+
+def _write(model: Any, tokenizer: Any, folder: str | os.PathLike[str], max_shard_size: int | str) -> None:
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden folder beside `folder`, renamed to it at the end; a failure, such as a full disk, removes it again."""
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"folder: {folder} exists and is not an empty folder; name a new one or empty it")
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors reports a full disk in an exception type of its own, with the system's message inside
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            message = f"the disk filled while writing {folder}; nothing was left there, free space and try again"
+            raise OSError(errno.ENOSPC, message) from error
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading compressed-tensors' sparse checkpoints
+
+
+def is_bitmask(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a checkpoint that `load_bitmask` reads."""
+    return _bitmask_format(_config(Path(folder))) in BITMASK_FORMATS
+
+
+def load_bitmask(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> nn.Module:
+    """A dense model with zeros from a compressed-tensors checkpoint in the format sparse-24-bitmask or sparse-bitmask.
+
+    Such a file has NAME.compressed (the values row by row), NAME.bitmask (one bit a weight) and NAME.shape. `sparsify`
+    packs the result.
+
+    Raises:
+        CheckpointError: another or a quantised format, damaged files, tensors that do not agree.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(folder)
+    fields = _config(folder)
+    if (found := _bitmask_format(fields)) not in BITMASK_FORMATS:
+        raise CheckpointError(
+            f"{folder}/config.json: sparsity format {found!r}, expected {' or '.join(BITMASK_FORMATS)}"
+        )
+    if fields["quantization_config"].get("config_groups"):
+        raise CheckpointError(f"{folder}/config.json: its weights are quantised too; only plain sparse ones are read")
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    state = dict(_dense_tensors(read_headers(sorted(folder.glob("*.safetensors")))))
+    return AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)  # type: ignore[arg-type]
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    file = folder / "config.json"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    return fields if isinstance(fields, dict) else {}
+
+
+def _bitmask_format(config: Mapping[str, Any]) -> str | None:
+    quantization = config.get("quantization_config")
+    sparsity = quantization.get("sparsity_config") if isinstance(quantization, dict) else None
+    return sparsity.get("format") if isinstance(sparsity, dict) else None
+
+
+def _dense_tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a bitmask checkpoint by the names that the model knows, read file by file."""
+    for file in sorted({entry.file for entry in entries.values()}):
+        with safe_open(file, framework="pt") as reader:
+            for name in [name for name, entry in entries.items() if entry.file == file]:
+                linear, _, part = name.rpartition(".")
+                if f"{linear}.bitmask" not in entries:
+                    yield name, reader.get_tensor(name)
+                elif part == "compressed":
+                    yield f"{linear}.weight", _from_bitmask(linear, entries)
+                elif part == "bias":
+                    yield name, reader.get_tensor(name)
+
+
+def _from_bitmask(linear: str, entries: Mapping[str, Entry]) -> Tensor:
+    parts = {}
+    for part in ("compressed", "bitmask", "shape"):
+        entry = entries.get(f"{linear}.{part}")
+        if entry is None:
+            raise CheckpointError(f"{entries[f'{linear}.bitmask'].file}: tensor {linear}.{part} is missing")
+        with safe_open(entry.file, framework="pt") as reader:
+            parts[part] = reader.get_tensor(f"{linear}.{part}")
+    values, bitmask, shape = parts["compressed"].flatten(), parts["bitmask"], parts["shape"].flatten().tolist()
+    file = entries[f"{linear}.bitmask"].file
+    if len(shape) != 2 or bitmask.dtype != torch.uint8 or list(bitmask.shape) != [shape[0], -(-shape[1] // 8)]:
+        raise CheckpointError(
+            f"{file}: tensor {linear}.bitmask is {bitmask.dtype} {list(bitmask.shape)}, expected one bit a weight of "
+            f"{linear}.shape = {shape}"
+        )
+    mask = unpack_bits(bitmask, shape[1])
+    if not values.is_floating_point() or int(mask.sum()) != len(values):
+        raise CheckpointError(
+            f"{file}: tensor {linear}.compressed has {len(values)} values of {values.dtype}, its bitmask asks for "
+            f"{int(mask.sum())} floating-point ones"
+        )
+    return values.new_zeros(shape).masked_scatter_(mask, values)

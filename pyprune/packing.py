@@ -1,0 +1,285 @@
+"""Packing the linears of a model whose zeros make it worthwhile, and telling what that gives, layer by layer."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from pyprune.masked import MaskedLinear
+from pyprune.modules import SparseLinear
+from pyprune.quantizer import attach, packed_linears
+from pyprune.reference.nm import index_bits, is_nonzero
+
+PATTERNS = ((1, 4), (2, 4), (2, 8), (4, 8))
+"""N:M patterns that are looked for, besides the bitmap that takes any zeros."""
+WORTHWHILE = 1.15
+"""Dense over packed bytes from which on a linear is packed without a measurement."""
+DECODE_TOKENS = 64
+"""Tokens up to which the kernels multiply from the packed weight; above, it is expanded for the dense product."""
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one linear.
+
+    Attributes:
+        format: "2:4" and the like, "bitmap", or "dense".
+        sparsity: share of zeros among the weights, counted.
+        dense_bytes, packed_bytes: of the weight; packed_bytes as it would be if it stayed dense.
+        expected_gain: how much faster if only the bytes of the weight counted; 1 above `DECODE_TOKENS`.
+        measured_gain: dense over packed time at the expected batch, with the other layers of its kind; None: not
+            measured.
+        reason: why it stayed dense, or "".
+    """
+
+    name: str
+    shape: tuple[int, int]
+    format: str
+    sparsity: float
+    dense_bytes: int
+    packed_bytes: int
+    expected_gain: float
+    measured_gain: float | None
+    reason: str
+
+    @property
+    def bytes(self) -> int:
+        """What the weight takes now."""
+        return self.dense_bytes if self.format == "dense" else self.packed_bytes
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `sparsify` did: `layers` in the model's order."""
+
+    layers: tuple[LayerReport, ...]
+    expected_batch: int
+
+    @property
+    def packed(self) -> int:
+        """How many linears are packed."""
+        return sum(layer.format != "dense" for layer in self.layers)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all linears, were they dense."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all linears now."""
+        return sum(layer.bytes for layer in self.layers)
+
+    def __str__(self) -> str:
+        """A line for every kind of linear, and the sum."""
+        kinds: dict[tuple[Any, ...], list[LayerReport]] = {}
+        for layer in self.layers:
+            kind = (layer.name.rpartition(".")[2], layer.shape, layer.format, layer.reason.partition(":")[0])
+            kinds.setdefault(kind, []).append(layer)
+        lines = [f"{'linear':18} {'shape':>14} {'zeros':>6} {'format':>7} {'dense MB':>9} {'MB':>8}  gain at batch "]
+        lines[0] += f"{self.expected_batch}: by bytes, measured"
+        lines += [_line(name, layers) for (name, *_), layers in kinds.items()]
+        packed = f"{self.packed} of {len(self.layers)} linears packed"
+        return "\n".join([*lines, f"{packed}, {self.dense_bytes / 1e6:.1f} MB -> {self.bytes / 1e6:.1f} MB"])
+
+
+def _line(name: str, layers: list[LayerReport]) -> str:
+    first, count = layers[0], len(layers)
+    dense, packed = sum(layer.dense_bytes for layer in layers), sum(layer.bytes for layer in layers)
+    zeros = sum(layer.sparsity for layer in layers) / count
+    shape = "{}x{}".format(*first.shape)
+    measured = "" if first.measured_gain is None else f", {first.measured_gain:.2f}"
+    gain = f"{sum(layer.expected_gain for layer in layers) / count:.2f}{measured}"
+    label = f"{name} x{count}"
+    return (
+        f"{label:18} {shape:>14} {zeros:6.1%} {first.format:>7} {dense / 1e6:9.2f} {packed / 1e6:8.2f}  {gain}"
+        f"{f'  ({first.reason})' if first.reason else ''}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sparsify(model: nn.Module, expected_batch: int = 1, *, measure: bool = True) -> Report:
+    """Replaces every linear whose zeros make it worthwhile by a `SparseLinear`, in place; the others stay dense.
+
+    The head stays dense, and so does what shares its weight. Afterwards `model.save_pretrained` writes a packed
+    checkpoint, and `model.dequantize()` goes back.
+
+    Args:
+        model: a transformers model with zeros in its weights, without adapters.
+        expected_batch: how many tokens a forward pass has where speed counts: sequences that are decoded together.
+        measure: times dense and packed linears of each shape and format on the device they are on, with all layers of
+            the kind in turn, and packs those that are faster. Otherwise the bytes decide, alike on every machine.
+
+    Returns:
+        For every linear what became of it, and why.
+
+    Raises:
+        ValueError: the model has adapters, or a batch below 1.
+    """
+    if expected_batch < 1:
+        raise ValueError(f"expected_batch is {expected_batch}; expected at least 1 token")
+    if hasattr(model, "peft_config"):
+        raise ValueError("model has adapters; fold them with pyprune.surgery.fold_adapters, or add them after sparsify")
+    names = [name for name, _ in _linears(model)]
+    reports = {}
+    for group in _groups(model):
+        for report, packed in _decide(group, expected_batch, measure):
+            reports[report.name] = report
+            if packed is not None:
+                model.set_submodule(report.name, packed)
+    for name, packed in packed_linears(model).items():
+        reports.setdefault(name, _packed_before(name, packed))
+    if packed_linears(model):
+        attach(model)
+    order = {name: place for place, name in enumerate(names)}
+    return Report(tuple(sorted(reports.values(), key=lambda report: order[report.name])), expected_batch)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A dense linear and how it could be packed."""
+
+    name: str
+    module: nn.Module
+    weight: Tensor  # [out, in]
+    slorb: nn.Module | None
+    transposed: bool
+    kept: int
+    pattern: tuple[int, int] | None
+
+    @property
+    def size(self) -> float:
+        """Bytes when packed, without what padding adds."""
+        rows, columns = self.weight.shape
+        bits = self.weight.element_size() * 8
+        if self.pattern is None:
+            return (self.kept * bits + rows * columns) / 8
+        n, m = self.pattern
+        return rows * columns // m * n * (bits + index_bits(m)) / 8
+
+    def pack(self) -> SparseLinear:
+        """The packed linear."""
+        bias: Any = self.module.bias
+        return SparseLinear.pack(self.weight, bias, self.pattern, slorb=self.slorb, transposed=self.transposed)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linears of a model that are not its head and share their weight with nothing."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
+            uses[id(weight)] = uses.get(id(weight), 0) + 1
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and uses.get(id(weight), 1) == 1:
+            yield name, module
+
+
+def _candidate(name: str, module: Any) -> _Candidate:
+    masked = isinstance(module, MaskedLinear)
+    transposed = not isinstance(module, nn.Linear)
+    weight = module.masked_weight() if masked else module.weight.detach()
+    weight = weight.T.contiguous() if transposed else weight
+    nonzero = is_nonzero(weight)
+    kept = int(nonzero.sum())
+    fitting = [pattern for pattern in PATTERNS if _fits(nonzero, *pattern)]
+    choices = [
+        _Candidate(name, module, weight, module.slorb if masked else None, transposed, kept, pattern)
+        for pattern in (*fitting, None)
+    ]
+    return min(choices, key=lambda choice: choice.size)
+
+
+def _fits(nonzero: Tensor, n: int, m: int) -> bool:
+    columns = nonzero.shape[1]
+    return columns % m == 0 and bool((nonzero.unflatten(1, (-1, m)).sum(-1, dtype=torch.uint8) <= n).all())
+
+
+def _groups(model: nn.Module) -> list[list[_Candidate]]:
+    """Candidates of one shape, format and dtype together, with about as many zeros: they are as fast as each other."""
+    groups: dict[Any, list[_Candidate]] = {}
+    for name, module in list(_linears(model)):
+        if not isinstance(module, SparseLinear):
+            found = _candidate(name, module)
+            density = round(10 * found.kept / max(found.weight.numel(), 1))
+            key = (found.weight.shape, found.weight.dtype, found.weight.device, found.pattern, density)
+            groups.setdefault(key, []).append(found)
+    return list(groups.values())
+
+
+def _decide(group: list[_Candidate], batch: int, measure: bool) -> Iterator[tuple[LayerReport, SparseLinear | None]]:
+    """For every candidate of a group its report, and the packed linear if it is worthwhile."""
+    promising = [found.weight.nbytes >= WORTHWHILE * found.size for found in group]
+    packed = [found.pack() if promises else None for found, promises in zip(group, promising, strict=True)]
+    pairs = [(found.weight, module) for found, module in zip(group, packed, strict=True) if module is not None]
+    gain = _measure(pairs, batch) if measure and pairs else None
+    for found, module in zip(group, packed, strict=True):
+        size = int(found.size) if module is None else module.nbytes
+        reason = ""
+        if module is None:
+            reason = f"too dense: packed it would take {size / max(found.weight.nbytes, 1):.0%} of the bytes"
+        elif gain is not None and gain <= 1:
+            reason, module = f"slower packed: {gain:.2f} of the dense speed", None
+        yield _report(found, size, "dense" if module is None else _format(found.pattern), batch, gain, reason), module
+
+
+def _report(found: _Candidate, size: int, kind: str, batch: int, gain: float | None, reason: str) -> LayerReport:
+    rows, columns = found.weight.shape
+    sparsity = 1 - found.kept / max(found.weight.numel(), 1)
+    expected = found.weight.nbytes / max(size, 1) if batch <= DECODE_TOKENS else 1.0
+    return LayerReport(found.name, (rows, columns), kind, sparsity, found.weight.nbytes, size, expected, gain, reason)
+
+
+def _packed_before(name: str, linear: SparseLinear) -> LayerReport:
+    rows, columns = linear.out_features, linear.in_features
+    dense = rows * columns * linear.values.element_size()
+    kept = int(is_nonzero(linear.values).sum())
+    sparsity = 1 - kept / max(rows * columns, 1)
+    return LayerReport(
+        name, (rows, columns), _format(linear.pattern), sparsity, dense, linear.nbytes, dense / linear.nbytes, None, ""
+    )
+
+
+def _format(pattern: tuple[int, int] | None) -> str:
+    return "bitmap" if pattern is None else "{}:{}".format(*pattern)
+
+
+@torch.no_grad()
+def _measure(pairs: list[tuple[Tensor, SparseLinear]], batch: int) -> float:
+    """Dense over packed time of all these linears, one after the other; the median of interleaved rounds."""
+    weight = pairs[0][0]
+    x = torch.randn(batch, weight.shape[1], device=weight.device).to(weight.dtype)
+
+    def dense() -> None:
+        for weight, _ in pairs:
+            linear(x, weight)
+
+    def packed() -> None:
+        for _, module in pairs:
+            module(x)
+
+    ratios = [_seconds(dense, x.device) / _seconds(packed, x.device) for _ in range(ROUNDS + 1)]
+    return statistics.median(ratios[1:])  # the first round warms up
+
+
+def _seconds(step: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
