@@ -5,10 +5,8 @@ Loading ours needs nothing from here: `AutoModelForCausalLM.from_pretrained(fold
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +20,7 @@ from pyprune.formats import CheckpointError, Entry, read_headers
 from pyprune.packing import Report, sparsify
 from pyprune.quantizer import packed_linears
 from pyprune.reference.bits import unpack_bits
-from pyprune.surgery import strip_quantization
+from pyprune.surgery import new_folder, strip_quantization
 
 BITMASK_FORMATS = ("sparse-24-bitmask", "sparse-bitmask")
 
@@ -90,27 +88,6 @@ def _write(model: Any, tokenizer: Any, folder: str | os.PathLike[str], max_shard
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-
-
-@contextmanager
-def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A hidden folder beside `folder`, renamed to it at the end; a failure, such as a full disk, removes it again."""
-    folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"folder: {folder} exists and is not an empty folder; name a new one or empty it")
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        # safetensors reports a full disk in an exception type of its own, with the system's message inside
-        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
-            message = f"the disk filled while writing {folder}; nothing was left there, free space and try again"
-            raise OSError(errno.ENOSPC, message) from error
-        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import errno
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -465,6 +466,21 @@ def export(model: nn.Module, tokenizer: Any, folder: str | os.PathLike[str]) -> 
     """
     refuse_adapters(describe(model), "export")
     strip_quantization(model)
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    return Path(folder).absolute()
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden folder beside `folder` to write to, renamed to it at the end and removed again after any failure.
+
+    Raises:
+        FileExistsError: `folder` is a file or not empty.
+        OSError: it could not be written; a full disk is named so.
+    """
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"folder: {folder} exists and is not an empty folder; name a new one or empty it")
@@ -472,9 +488,7 @@ def export(model: nn.Module, tokenizer: Any, folder: str | os.PathLike[str]) -> 
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        model.save_pretrained(partial)  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        yield partial
         partial.rename(folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -484,7 +498,6 @@ def export(model: nn.Module, tokenizer: Any, folder: str | os.PathLike[str]) -> 
                 f"the disk filled while writing {folder}; nothing was left there, free space and export again",
             ) from error
         raise
-    return folder
 
 
 def _is_disk_full(error: BaseException) -> bool:
