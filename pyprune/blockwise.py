@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,156 +29,15 @@ from torch.func import functional_call
 
 from pyprune import allocation, patterns
 from pyprune.architectures import BlockLinears, Linear, Trunk, describe_blocks
+from pyprune.calibration import Activations, Gram, InputNorm, Keep, Kind, processes, rank, record, sum_over_processes
 from pyprune.console import track
 from pyprune.training import write_atomically
 
-Keep = Literal["device", "host", "disk"]
 Figures = Mapping[str, float]
 
 
 class PruningError(ValueError):
     """Pruning cannot go on; the message names the layer and says what to do. Finished blocks are kept."""
-
-
-# ------------------------------------------------------------------------------------------------- calibration in place
-
-
-class Activations:
-    """Hidden states of all batches, [B, T, d] each: in host memory, on the device, or in files."""
-
-    def __init__(self, keep: Keep, device: torch.device, folder: Path | None) -> None:
-        self.keep, self.device, self.folder = keep, device, folder
-        self._stored: list[Tensor] = []
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    def __getitem__(self, i: int) -> Tensor:
-        """Batch `i` on the device; read it, do not write to it."""
-        return self._stored[i].to(self.device, non_blocking=True)
-
-    def __setitem__(self, i: int, value: Tensor) -> None:
-        self._stored[i].copy_(value, non_blocking=True)
-
-    def append(self, value: Tensor) -> None:
-        """Stores one more batch."""
-        self._stored.append(self._empty(value))
-        self[len(self) - 1] = value
-
-    def _empty(self, like: Tensor) -> Tensor:
-        if self.keep == "device":
-            return torch.empty_like(like, device=self.device)
-        if self.keep == "host":
-            return torch.empty(like.shape, dtype=like.dtype, pin_memory=self.device.type == "cuda")
-        assert self.folder is not None
-        file = self.folder / f"{len(self)}.bin"
-        return torch.from_file(str(file), shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
-
-
-class _Calls:
-    """The arguments besides the hidden states of every call of every block, equal tensors stored once."""
-
-    def __init__(self, blocks: int) -> None:
-        self._calls: list[list[tuple[Any, Any]]] = [[] for _ in range(blocks)]
-        self._known: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-
-    def record(self, block: int, args: Any, kwargs: Any) -> None:
-        self._calls[block].append(_map_tensors(self._unique, (args, kwargs)))
-
-    def on(self, block: int, device: torch.device) -> list[tuple[Any, Any]]:
-        """The calls of one block with their tensors on the device."""
-        moved: dict[int, Tensor] = {}
-        return _map_tensors(lambda tensor: moved.setdefault(id(tensor), tensor.to(device)), self._calls[block])
-
-    def _unique(self, tensor: Tensor) -> Tensor:
-        known = self._known.setdefault((tensor.shape, tensor.dtype), [])
-        for other in known:
-            if other is tensor or torch.equal(other.to(tensor.device), tensor):
-                return other
-        known.append(tensor)
-        return tensor
-
-
-def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_tensors(change, item) for item in value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(change, item) for key, item in value.items()}
-    return value
-
-
-def _record(trunk: Trunk, calibration: Sequence[Tensor], inputs: Activations) -> _Calls:
-    """Runs the model with blocks that only note how they are called; the first one's inputs go to `inputs`."""
-    calls = _Calls(len(trunk.blocks))
-
-    def recorder(index: int) -> Callable[..., Tensor]:
-        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if index == 0:
-                inputs.append(hidden)
-            calls.record(index, args, kwargs)
-            return hidden
-
-        return forward
-
-    before = [block.module.__dict__.get("forward") for block in trunk.blocks]  # hooks of accelerate live there
-    device = trunk.stack.get_input_embeddings().weight.device  # type: ignore[operator]
-    try:
-        for index, block in enumerate(trunk.blocks):
-            block.module.forward = recorder(index)
-        for ids in calibration:
-            trunk.stack(input_ids=ids.to(device), use_cache=False)
-    finally:
-        for block, forward in zip(trunk.blocks, before, strict=True):
-            del block.module.forward
-            if forward is not None:
-                block.module.forward = forward
-    return calls
-
-
-# ----------------------------------------------------------------------------------------------------------- statistics
-
-
-class Statistic(Protocol):
-    """A sum over all tokens that a linear reads."""
-
-    total: Tensor
-
-    def __init__(self, like: Tensor) -> None:
-        """`like`: inputs [T, in], of the dtype and device to come."""
-
-    def add(self, x: Tensor) -> None:
-        """Takes in x [T, in]."""
-
-
-Kind = TypeVar("Kind", bound=Statistic)
-
-
-class InputNorm:
-    """`norm` [in]: ||x_j||_2 of each input channel over all tokens, in fp32 (fp64 for fp64 models)."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.total = like.new_zeros(like.shape[-1], dtype=torch.promote_types(like.dtype, torch.float32))
-
-    def add(self, x: Tensor) -> None:
-        self.total += torch.linalg.vector_norm(x, dim=0, dtype=self.total.dtype).square_()
-
-    @property
-    def norm(self) -> Tensor:
-        return self.total.sqrt()
-
-
-class Gram:
-    """`total` [in, in]: the sum of x x^T over all tokens, in fp32 (fp64 for fp64 models)."""
-
-    def __init__(self, like: Tensor) -> None:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        self.total = like.new_zeros(like.shape[-1], like.shape[-1], dtype=dtype)
-
-    def add(self, x: Tensor) -> None:
-        x = x.to(self.total.dtype)
-        self.total.addmm_(x.T, x)
 
 
 # ------------------------------------------------------------------------------------------------------------ the block
@@ -334,24 +193,6 @@ def _hooks(handles: Sequence[Any]) -> Iterator[None]:
             handle.remove()
 
 
-# ---------------------------------------------------------------------------------------------------- several processes
-
-
-def sum_over_processes(value: Tensor) -> Tensor:
-    """`value`, summed in place over all processes if there are several."""
-    if _processes() > 1:
-        distributed.all_reduce(value)
-    return value
-
-
-def _processes() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _rank() -> int:
-    return distributed.get_rank() if _processes() > 1 else 0
-
-
 # ------------------------------------------------------------------------------------------------------ the whole model
 
 
@@ -452,7 +293,7 @@ def prune(
     with _frozen(model), _scratch(keep, folder) as scratch:
         walk = _Walk(trunk, calibration if method.calibrated else (), keep, device, scratch, method.reference)
         drop = finished.once("drop", lambda: _plan(trunk, method, pattern, calibration, keep, device, scratch))
-        for index in track(range(len(trunk.blocks)), progress and _rank() == 0, "blocks"):
+        for index in track(range(len(trunk.blocks)), progress and rank() == 0, "blocks"):
             with walk.block(index, drop[index], pattern) as block:
                 record = finished.records.get(index)
                 if record is None or method.reference == "dense":
@@ -472,7 +313,7 @@ def _solve(walk: _Walk, block: Block, method: BlockMethod, then: Sequence[Step])
     figures = dict(method.solve(block) or {})
     for step in then:
         figures |= step(block) or {}
-    if _processes() > 1:  # all have the same weights by now, up to rounding
+    if processes() > 1:  # all have the same weights by now, up to rounding
         for linear in block.linears.values():
             distributed.broadcast(linear.module.get_parameter("weight").data, src=0)
     zeros = block.zeros()
@@ -498,7 +339,7 @@ class _Walk:
         self.trunk, self.keep, self.scratch, self.reference = trunk, keep, scratch, reference
         self.device = None if device is None else torch.device(device)
         self.inputs = self._activations("inputs")
-        self.calls = _record(trunk, calibration[_rank() :: _processes()], self.inputs)
+        self.calls = record(trunk, calibration[rank() :: processes()], self.inputs)
         self.targets: Activations | None = None
         if reference != "none":
             self.targets = self._activations("targets")
@@ -609,30 +450,41 @@ def _check(trunk: Trunk, method: BlockMethod, calibration: Sequence[Tensor]) -> 
     check_sparsity(method.sparsity, pattern, method.allocation)
     for block in trunk.blocks:
         for linear in linears_of(block):
-            weight = linear.module.get_parameter("weight")
-            if weight.is_meta or not weight.is_floating_point():
-                raise ValueError(
-                    f"model: the weight of {block.name}.{linear.name} is "
-                    + (
-                        "not in memory; load the model without offloading, the engine moves one block at a time itself"
-                        if weight.is_meta
-                        else f"{weight.dtype}; load the model unquantised"
-                    )
-                )
+            _check_weight(f"{block.name}.{linear.name}", linear.module.get_parameter("weight"))
             pattern.check(f"{block.name}.{linear.name}", *linear.matrix.shape)
     if method.calibrated or method.allocation == "owl":
-        tokens = trunk.stack.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        if len(calibration) < _processes():
-            raise ValueError(
-                f"calibration has {len(calibration)} batches for {_processes()} process(es); give token ids [B, T]"
-            )
-        for ids in calibration:
-            if ids.dim() != 2 or ids.is_floating_point() or not 0 <= int(ids.min()) <= int(ids.max()) < tokens:
-                raise ValueError(
-                    f"calibration: expected token ids [B, T] from 0 to {tokens - 1}, found {ids.dtype} "
-                    f"{list(ids.shape)} with values up to {ids.max()}"
-                )
+        _check_calibration(trunk, calibration)
     return pattern
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError(
+            f"model: the weight of {name} is not in memory; load the model without offloading, the engine itself moves "
+            "one block at a time to the device"
+        )
+    if not weight.is_floating_point():
+        raise ValueError(f"model: the weight of {name} is {weight.dtype}; load the model unquantised")
+
+
+def _check_calibration(trunk: Trunk, calibration: Sequence[Tensor]) -> None:
+    tokens = trunk.stack.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    positions: int = trunk.stack.config.max_position_embeddings  # type: ignore[assignment,union-attr]
+    if len(calibration) < processes():
+        raise ValueError(
+            f"calibration has {len(calibration)} batches for {processes()} process(es); give token ids [B, T]"
+        )
+    for ids in calibration:
+        if ids.dim() != 2 or ids.is_floating_point() or not 0 <= int(ids.min()) <= int(ids.max()) < tokens:
+            raise ValueError(
+                f"calibration: expected token ids [B, T] from 0 to {tokens - 1}, found {ids.dtype} {list(ids.shape)} "
+                f"with values up to {ids.max()}"
+            )
+        if ids.shape[1] > positions:
+            raise ValueError(
+                f"calibration: a batch has windows of {ids.shape[1]} tokens, more than the {positions} positions of "
+                "the model; use shorter ones"
+            )
 
 
 def check_sparsity(sparsity: float, pattern: patterns.Pattern, rates: str) -> None:
@@ -708,7 +560,7 @@ class _Finished:
                 )
         for path in self.folder.glob("[0-9]*.json"):
             self.records[int(path.stem)] = BlockRecord(**json.loads(path.read_text(encoding="utf-8")))
-        if _processes() > 1:
+        if processes() > 1:
             distributed.barrier()  # none may write a block before all have seen which there are
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
@@ -717,12 +569,12 @@ class _Finished:
         if path is not None and path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
         value = work()
-        if path is not None and _rank() == 0:
+        if path is not None and rank() == 0:
             write_atomically(path, json.dumps(value, indent=2) + "\n")
         return value
 
     def save(self, block: Block, record: BlockRecord) -> None:
-        if self.folder is None or _rank() > 0:
+        if self.folder is None or rank() > 0:
             return
         path, partial = self.folder / f"{block.index}.safetensors", self.folder / f".{block.index}.partial"
         save_file({name: value.contiguous() for name, value in block.module.state_dict().items()}, partial)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up: a module imports only from rows above its own. A name may hold "*"; the first fitting row counts.
 ROWS = [
     ["_native", "_registration", "console", "architectures", "models", "methods", "schedules", "allocation"],
-    ["reference.bits", "reference.selection", "_cpu.common"],
+    ["reference.bits", "reference.selection", "calibration", "_cpu.common"],
     ["reference.nm", "reference.bitmap"],
     ["reference.*", "_cuda.common"],
     ["reference", "_cpu.*", "_cuda.*", "surgery"],

@@ -1,0 +1,176 @@
+"""Calibration data on its way through a model: hidden states at rest, how blocks are called, sums over all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from pyprune.architectures import Trunk
+
+Keep = Literal["device", "host", "disk"]
+
+
+# ------------------------------------------------------------------------------------------------ hidden states at rest
+
+
+class Activations:
+    """Hidden states of all batches, [B, T, d] each: in host memory, on the device, or in files."""
+
+    def __init__(self, keep: Keep, device: torch.device, folder: Path | None) -> None:
+        self.keep, self.device, self.folder = keep, device, folder
+        self._stored: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, i: int) -> Tensor:
+        """Batch `i` on the device; read it, do not write to it."""
+        return self._stored[i].to(self.device, non_blocking=True)
+
+    def __setitem__(self, i: int, value: Tensor) -> None:
+        self._stored[i].copy_(value, non_blocking=True)
+
+    def append(self, value: Tensor) -> None:
+        """Stores one more batch."""
+        self._stored.append(self._empty(value))
+        self[len(self) - 1] = value
+
+    def _empty(self, like: Tensor) -> Tensor:
+        if self.keep == "device":
+            return torch.empty_like(like, device=self.device)
+        if self.keep == "host":
+            return torch.empty(like.shape, dtype=like.dtype, pin_memory=self.device.type == "cuda")
+        assert self.folder is not None
+        file = self.folder / f"{len(self)}.bin"
+        return torch.from_file(str(file), shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
+
+
+class Calls:
+    """The arguments besides the hidden states of every call of every block, equal tensors stored once."""
+
+    def __init__(self, blocks: int) -> None:
+        self._calls: list[list[tuple[Any, Any]]] = [[] for _ in range(blocks)]
+        self._known: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+
+    def record(self, block: int, args: Any, kwargs: Any) -> None:
+        """Notes one call."""
+        self._calls[block].append(_map_tensors(self._unique, (args, kwargs)))
+
+    def on(self, block: int, device: torch.device) -> list[tuple[Any, Any]]:
+        """The calls of one block with their tensors on the device."""
+        moved: dict[int, Tensor] = {}
+        return _map_tensors(lambda tensor: moved.setdefault(id(tensor), tensor.to(device)), self._calls[block])
+
+    def _unique(self, tensor: Tensor) -> Tensor:
+        known = self._known.setdefault((tensor.shape, tensor.dtype), [])
+        for other in known:
+            if other is tensor or torch.equal(other.to(tensor.device), tensor):
+                return other
+        known.append(tensor)
+        return tensor
+
+
+def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(change, item) for item in value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(change, item) for key, item in value.items()}
+    return value
+
+
+def record(trunk: Trunk, calibration: Sequence[Tensor], inputs: Activations) -> Calls:
+    """Runs the model with blocks that only note how they are called; the first one's inputs go to `inputs`."""
+    calls = Calls(len(trunk.blocks))
+
+    def recorder(index: int) -> Callable[..., Tensor]:
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if index == 0:
+                inputs.append(hidden)
+            calls.record(index, args, kwargs)
+            return hidden
+
+        return forward
+
+    before = [block.module.__dict__.get("forward") for block in trunk.blocks]  # hooks of accelerate live there
+    device = trunk.stack.get_input_embeddings().weight.device  # type: ignore[operator]
+    try:
+        for index, block in enumerate(trunk.blocks):
+            block.module.forward = recorder(index)
+        for ids in calibration:
+            trunk.stack(input_ids=ids.to(device), use_cache=False)
+    finally:
+        for block, forward in zip(trunk.blocks, before, strict=True):
+            del block.module.forward
+            if forward is not None:
+                block.module.forward = forward
+    return calls
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+class Statistic(Protocol):
+    """A sum over all tokens that a linear reads."""
+
+    total: Tensor
+
+    def __init__(self, like: Tensor) -> None:
+        """`like`: inputs [T, in], of the dtype and device to come."""
+
+    def add(self, x: Tensor) -> None:
+        """Takes in x [T, in]."""
+
+
+Kind = TypeVar("Kind", bound=Statistic)
+
+
+class InputNorm:
+    """`norm` [in]: ||x_j||_2 of each input channel over all tokens, in fp32 (fp64 for fp64 models)."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.total = like.new_zeros(like.shape[-1], dtype=torch.promote_types(like.dtype, torch.float32))
+
+    def add(self, x: Tensor) -> None:
+        self.total += x.to(self.total.dtype).square().sum(0)
+
+    @property
+    def norm(self) -> Tensor:
+        return self.total.sqrt()
+
+
+class Gram:
+    """`total` [in, in]: the sum of x x^T over all tokens, in fp32 (fp64 for fp64 models)."""
+
+    def __init__(self, like: Tensor) -> None:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.total = like.new_zeros(like.shape[-1], like.shape[-1], dtype=dtype)
+
+    def add(self, x: Tensor) -> None:
+        x = x.to(self.total.dtype)
+        self.total.addmm_(x.T, x)
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """`value`, summed in place over all processes if there are several."""
+    if processes() > 1:
+        distributed.all_reduce(value)
+    return value
+
+
+def processes() -> int:
+    """How many there are."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which one this is."""
+    return distributed.get_rank() if processes() > 1 else 0

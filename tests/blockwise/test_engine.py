@@ -1,0 +1,376 @@
+"""The engine: what blocks read, statistics, exact counts, resume, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from decoders import FAMILIES, block_inputs, calibration, decoder
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from pyprune.architectures import describe_blocks
+from pyprune.blockwise import Block, Gram, InputNorm, PruningError, linears_of, prune
+from pyprune.methods.magnitude import Magnitude
+from pyprune.methods.oneshot import OneShot
+from pyprune.methods.wanda import Wanda
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Notes:
+    """A step that notes what every block has read and, where there are targets, what it should have given."""
+
+    def __init__(self) -> None:
+        self.inputs: list[list[Tensor]] = []
+        self.targets: list[list[Tensor]] = []
+
+    def __repr__(self) -> str:
+        return "Notes()"
+
+    def __call__(self, block: Block) -> None:
+        self.inputs.append([block.inputs[i].clone() for i in range(len(block))])
+        if block.targets is not None:
+            self.targets.append([block.targets[i].clone() for i in range(len(block))])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("keep", ["host", "disk"])
+def test_blocks_read_what_the_pruned_model_gives_them(family: str, keep: Any) -> None:
+    """Bit for bit, windows, masks, positions and batches of several lengths included."""
+    model, batches, notes = decoder(family), calibration(), Notes()
+    dense = weights(model)
+    prune(model, Wanda(sparsity=0.5), batches, then=[notes], keep=keep)
+    assert not same(weights(model), dense)
+    expected = block_inputs(model, batches)
+    for found, wanted in zip(notes.inputs, expected, strict=False):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_every_block_gets_its_own_arguments() -> None:
+    """Layers of one model whose attention masks differ: a sliding window in the second one only."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        **{"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 3, "use_sliding_window": True},
+        max_window_layers=1,
+    )
+    model, notes = Qwen2ForCausalLM(config).double().eval(), Notes()
+    assert config.layer_types == ["full_attention", "sliding_attention"]
+    batches = calibration()
+    expected = block_inputs(model, batches)
+    prune(model, _Targets(sparsity=0.01), batches, then=[notes])
+    assert all(torch.equal(a, b) for a, b in zip(notes.targets[1], expected[2], strict=True))
+
+
+@dataclass
+class _Targets(Magnitude):
+    """Magnitude that is shown the dense stream."""
+
+    calibrated: ClassVar[bool] = True
+    reference: ClassVar[Any] = "dense"
+
+
+@dataclass
+class _PrunedTargets(_Targets):
+    reference: ClassVar[Any] = "pruned"
+
+
+def test_targets_are_the_dense_models_or_the_dense_blocks_on_pruned_inputs() -> None:
+    batches, dense = calibration(), decoder("llama")
+    expected = block_inputs(dense, batches)
+    notes, model = Notes(), copy.deepcopy(dense)
+    result = prune(model, _Targets(sparsity=0.5), batches, then=[notes])
+    for found, wanted in zip(notes.targets, expected[1:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    pruned = block_inputs(model, batches)[-1]
+    error = sum((a - b).square().sum() for a, b in zip(pruned, expected[-1], strict=True))
+    size = sum(b.square().sum() for b in expected[-1])
+    assert result.blocks[-1].figures["error"] == pytest.approx(float(error / size), rel=1e-12)
+
+    notes, model = Notes(), copy.deepcopy(dense)
+    prune(model, _PrunedTargets(sparsity=0.5), batches, then=[notes])
+    first, second = describe_blocks(model).blocks[0].module, describe_blocks(dense).blocks[1].module
+    describe_blocks(dense).stack.layers[0] = first  # block 0 pruned, block 1 dense
+    expected = block_inputs(dense, batches)[-1]
+    assert second is describe_blocks(dense).blocks[1].module
+    assert all(torch.equal(a, b) for a, b in zip(notes.targets[1], expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_statistics_are_sums_over_all_tokens_of_what_the_linears_read(family: str) -> None:
+    model, batches = decoder(family), calibration()
+    linears = {f"{b.name}.{linear.name}": linear for b in describe_blocks(model).blocks for linear in linears_of(b)}
+    read: dict[str, list[Tensor]] = {name: [] for name in linears}
+    handles = [
+        linear.module.register_forward_pre_hook(lambda m, args, n=name: read[n].append(args[0].flatten(0, -2)))
+        for name, linear in linears.items()
+    ]
+    with torch.no_grad():
+        for ids in batches:
+            model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @dataclass
+    class Look(OneShot):
+        def solve(self, block: Block) -> None:
+            norms, grams = block.statistics(InputNorm), block.statistics(Gram)
+            for name in block.linears:
+                found[f"{block.name}.{name}"] = (norms[name].norm, grams[name].total)
+            block.drop.clear()  # nothing is pruned
+
+    prune(model, Look(), batches)
+    assert found.keys() == read.keys()
+    for name, (norm, gram) in found.items():
+        x = torch.cat(read[name])
+        assert torch.allclose(gram, sum(torch.outer(row, row) for row in x), rtol=1e-12, atol=1e-12)
+        assert torch.allclose(norm, x.square().sum(0).sqrt(), rtol=1e-12)
+
+
+def test_statistics_of_low_precision_are_summed_in_fp32() -> None:
+    """1,000 ones more than 256: bf16 sums would stand still there."""
+    x = torch.ones(1256, 3, dtype=torch.bfloat16)
+    norm, gram = InputNorm(x), Gram(x)
+    for part in x.split(8):
+        norm.add(part)
+        gram.add(part)
+    assert norm.total.tolist() == [1256.0] * 3
+    assert gram.total.tolist() == [[1256.0] * 3] * 3
+
+
+def test_forward_takes_other_weights_with_gradients_and_capture_stops_behind_the_last_name() -> None:
+    """Conv1D stores its weight the other way round; a step sees [out, in] all the same."""
+    for family in ("llama", "gpt2"):
+        batches, seen = calibration(), []
+
+        def step(block: Block, seen: list[float] = seen) -> None:
+            name = block.groups[-1][0]
+            other = {n: linear.matrix.clone().requires_grad_() for n, linear in block.linears.items()}
+            with torch.enable_grad():
+                output = block.forward(0, {name: other[name]})
+                (gradient,) = torch.autograd.grad(output.square().sum(), other[name])
+            assert torch.equal(output, block.forward(0))
+            x, y = block.capture(0, [name])[name]
+            bias = getattr(block.linears[name].module, "bias", None)
+            expected = x @ block.linears[name].matrix.T + (0 if bias is None else bias)
+            assert torch.allclose(y, expected, rtol=1e-10, atol=1e-12)
+            wanted = 2 * output.detach().flatten(0, -2).T @ x.flatten(0, -2)
+            assert torch.allclose(gradient, wanted, rtol=1e-9, atol=1e-9)
+            first = block.groups[0][0]
+            assert set(block.capture(0, [first], block.dense)) == {first}
+            seen.append(1.0)
+
+        prune(decoder(family), Wanda(sparsity=0.5), batches, then=[step])
+        assert seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("pattern", "sparsity"), [("layer", 0.37), ("row", 0.71), ("2:4", 0.5)])
+def test_the_sparsity_asked_for_is_the_one_counted(family: str, pattern: str, sparsity: float) -> None:
+    model = decoder(family)
+    result = prune(model, Magnitude(sparsity=sparsity, pattern=pattern))
+    matrices = [linear.matrix for block in describe_blocks(model).blocks for linear in linears_of(block)]
+    assert sum(int((matrix == 0).sum()) for matrix in matrices) == result.zeros
+    assert result.zeros == round(sparsity * result.size) and result.size == sum(m.numel() for m in matrices)
+    for matrix in matrices:
+        assert abs(int((matrix == 0).sum()) - sparsity * matrix.numel()) <= 1
+
+
+def test_owl_moves_sparsity_between_blocks_and_keeps_that_of_the_model() -> None:
+    model, batches, outliers = decoder("llama"), calibration(), []
+
+    @dataclass
+    class Look(OneShot):
+        def solve(self, block: Block) -> None:
+            norms = block.statistics(InputNorm)
+            scores = [linear.matrix.abs() * norms[name].norm for name, linear in block.linears.items()]
+            flat = torch.cat([score.flatten() for score in scores])
+            outliers.append(float((flat > 2 * flat.mean()).double().mean()))
+            block.drop.clear()
+
+    prune(copy.deepcopy(model), Look(), batches)
+    result = prune(model, Wanda(sparsity=0.6, allocation="owl", owl_outlier=2.0), batches)
+    rates = [sum(block.zeros.values()) / sum(block.sizes.values()) for block in result.blocks]
+    assert result.zeros == round(0.6 * result.size)
+    assert outliers[0] != outliers[1] and (outliers[0] > outliers[1]) == (rates[0] < rates[1])
+    assert rates == pytest.approx([0.6 - 0.08, 0.6 + 0.08] if rates[0] < rates[1] else [0.68, 0.52], abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+class Stop:
+    """A step that interrupts behind a block, once, and counts the blocks that were solved."""
+
+    def __init__(self, behind: int | None) -> None:
+        self.behind, self.solved = behind, []  # type: tuple[int | None, list[int]]
+
+    def __repr__(self) -> str:
+        return "Stop()"
+
+    def __call__(self, block: Block) -> dict[str, float]:
+        self.solved.append(block.index)
+        if block.index == self.behind:
+            raise KeyboardInterrupt
+        return {"index": float(block.index)}
+
+
+@pytest.mark.parametrize("method", [Wanda(sparsity=0.5), _Targets(sparsity=0.5), Wanda(sparsity=0.5, allocation="owl")])
+def test_an_interrupted_run_ends_as_one_that_was_not(method: OneShot, tmp_path: Path) -> None:
+    batches, dense = calibration(), decoder("opt")
+    whole = copy.deepcopy(dense)
+    expected = prune(whole, method, batches, then=[Stop(None)], folder=tmp_path / "whole")
+    cut = copy.deepcopy(dense)
+    with pytest.raises(KeyboardInterrupt):
+        prune(cut, method, batches, then=[Stop(1)], folder=tmp_path / "cut")
+    resumed, stop = copy.deepcopy(dense), Stop(None)
+    found = prune(resumed, method, batches, then=[stop], folder=tmp_path / "cut")
+    assert stop.solved == [1, 2]
+    assert same(weights(resumed), weights(whole))
+    assert [(b.zeros, b.figures) for b in found.blocks] == [(b.zeros, b.figures) for b in expected.blocks]
+    assert not list((tmp_path / "cut").glob("activations*"))
+
+
+def test_a_block_without_its_record_is_solved_again(tmp_path: Path) -> None:
+    """The record is written after the weights: what a kill between the two leaves does not count."""
+    model, batches = decoder("opt"), calibration()
+    prune(copy.deepcopy(model), Wanda(sparsity=0.5), batches, then=[Stop(None)], folder=tmp_path)
+    (tmp_path / "blocks" / "2.json").unlink()
+    (tmp_path / "blocks" / "2.safetensors").write_bytes(b"half")
+    stop = Stop(None)
+    prune(model, Wanda(sparsity=0.5), batches, then=[stop], folder=tmp_path)
+    assert stop.solved == [2]
+
+
+@pytest.mark.parametrize("changed", ["method", "steps", "model", "calibration"])
+def test_blocks_of_another_run_are_refused(changed: str, tmp_path: Path) -> None:
+    model, batches = decoder("llama"), calibration()
+    prune(model if changed == "model" else copy.deepcopy(model), Wanda(sparsity=0.5), batches, folder=tmp_path)
+    method = Wanda(sparsity=0.6 if changed == "method" else 0.5)
+    then = [Stop(None)] if changed == "steps" else []
+    batches = calibration(seed=2) if changed == "calibration" else batches
+    with pytest.raises(ValueError, match=f"holds blocks of another run: {changed} was .* and is now"):
+        prune(model, method, batches, then=then, folder=tmp_path)
+
+
+def test_the_model_comes_back_as_it_was_but_for_its_weights() -> None:
+    model = decoder("gpt2").train()
+    model.lm_head.requires_grad_(False)
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    prune(model, Wanda(sparsity=0.5), calibration())
+    assert model.training
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
+    assert all("forward" not in module.__dict__ and not module._forward_hooks for module in model.modules())
+
+
+# ------------------------------------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Wanda(sparsity=0.0), "sparsity is 0.0; expected a number between 0 and 1, both excluded"),
+        (Wanda(sparsity=1.0), "sparsity is 1.0; expected"),
+        (Wanda(sparsity=float("nan")), "sparsity is nan; expected"),
+        (
+            Wanda(pattern="5:7", sparsity=2 / 7),
+            "pattern 5:7: model.layers.0.self_attn.q_proj has 24 inputs, which groups",
+        ),
+        (Wanda(pattern="2:4", sparsity=0.6), "sparsity is 0.6, but the pattern 2:4 makes it 0.5"),
+        (Wanda(pattern="2:4", allocation="owl"), "allocation is 'owl', but the pattern 2:4 fixes"),
+        (Wanda(allocation="even"), "allocation is 'even'; expected one of uniform, owl"),
+        (Wanda(pattern="diagonal"), "pattern is 'diagonal'; expected layer, row"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_changes(method: OneShot, message: str) -> None:
+    model = decoder("llama")
+    before = weights(model)
+    with pytest.raises(ValueError) as error:
+        prune(model, method, calibration())
+    assert str(error.value).startswith(message)
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "calibration has 0 batches"),
+        (
+            [torch.full((1, 8), 61)],
+            "expected token ids [B, T] from 0 to 60, found torch.int64 [1, 8] with values up to 61",
+        ),
+        ([torch.ones(8, dtype=torch.long)], "found torch.int64 [8]"),
+        ([torch.ones(1, 8)], "found torch.float32 [1, 8]"),
+        ([torch.ones(1, 65, dtype=torch.long)], "65 tokens, more than the 64 positions"),
+    ],
+)
+def test_calibration_that_does_not_fit_is_refused(batches: list[Tensor], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        prune(decoder("llama"), Wanda(), batches)
+    assert message in str(error.value)
+
+
+def test_activations_that_are_not_finite_are_named_by_layer() -> None:
+    model = decoder("llama", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = float("inf")
+    with pytest.raises(PruningError, match=r"^model\.layers\.1\.mlp\.down_proj: its inputs are not finite"):
+        prune(model, Wanda(), calibration())
+    with pytest.raises(PruningError, match=r"^model\.layers\.1\.mlp\.up_proj: scores are not finite"):
+        prune(model, Magnitude())
+    model = decoder("llama", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.bias[3] = float("nan")
+    with pytest.raises(PruningError, match=r"^model\.layers\.0: its outputs are not finite"):
+        prune(model, Wanda(), calibration())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError("no memory")])
+def test_out_of_memory_says_what_to_lower_and_keeps_the_finished_blocks(error: Exception, tmp_path: Path) -> None:
+    def step(block: Block) -> None:
+        if block.index == 1:
+            raise error
+
+    with pytest.raises(
+        PruningError, match=r"^model\.layers\.1: out of memory on cpu .*smaller calibration batches, or"
+    ):
+        prune(decoder("llama"), Wanda(), calibration(), then=[step], folder=tmp_path)
+    assert json.loads((tmp_path / "blocks" / "0.json").read_text())["name"] == "model.layers.0"
+
+
+def test_a_method_that_prunes_too_little_is_found_out() -> None:
+    @dataclass
+    class Idle(OneShot):
+        def solve(self, block: Block) -> None:
+            pass
+
+    with pytest.raises(RuntimeError, match=r"Idle left .* zeros in model\.layers\.0; it had to make"):
+        prune(decoder("llama"), Idle(), calibration())
+
+
+def test_models_that_cannot_be_pruned_in_place_are_refused() -> None:
+    model = decoder("llama")
+    model.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj is not in memory; load the model without"):
+        prune(model, Magnitude())
+    model = decoder("llama")
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(40, 24, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"up_proj is torch\.int8; load the model unquantised"):
+        prune(model, Magnitude())
+    with pytest.raises(ValueError, match=r"q_proj carries an adapter; fold it first with pyprune\.surgery"):
+        prune(get_peft_model(decoder("llama"), LoraConfig(r=2, target_modules=["q_proj"])), Magnitude())
