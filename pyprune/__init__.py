@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from pyprune import _registration
+
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Modules load on first use, so that `import pyprune` stays quick.
@@ -13,6 +15,8 @@ _EXPORTS = {
     "LoRA": "methods.lora",
     "PAT": "methods.pat",
     "PruneThenTune": "methods.prune_then_tune",
+    "SparseLinear": "modules",
+    "sparsify": "packing",
 }
 _MODULES = ("info", "modules", "ops", "reference")
 
@@ -30,3 +34,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_registration.register()
