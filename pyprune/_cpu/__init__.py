@@ -2,9 +2,10 @@
 
 from pyprune._cpu.hsm import Hsm
 from pyprune._cpu.nm_adamw import NmAdamw
+from pyprune._cpu.rank import Rank
 
 
-class CpuKernels(Hsm, NmAdamw):
+class CpuKernels(Hsm, NmAdamw, Rank):
     """See `pyprune.ops.Implementation`."""
 
     name = "cpu"

@@ -3,11 +3,12 @@
 from pyprune._cuda.common import runs_on
 from pyprune._cuda.hsm import Hsm
 from pyprune._cuda.nm_adamw import NmAdamw
+from pyprune._cuda.rank import Rank
 
 __all__ = ["CudaKernels", "runs_on"]
 
 
-class CudaKernels(Hsm, NmAdamw):
+class CudaKernels(Hsm, NmAdamw, Rank):
     """See `pyprune.ops.Implementation`."""
 
     name = "cuda"
