@@ -11,11 +11,15 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Modules load on first use, so that `import pyprune` stays quick.
 _EXPORTS = {
+    "AST": "methods.ast",
     "HSM": "modules",
+    "LLMPruner": "methods.llm_pruner",
     "LoRA": "methods.lora",
+    "LoRAPrune": "methods.loraprune",
     "PAT": "methods.pat",
     "PruneThenTune": "methods.prune_then_tune",
     "SparseLinear": "modules",
+    "SliceGPT": "methods.slicegpt",
     "sparsify": "packing",
 }
 _MODULES = ("info", "modules", "ops", "reference")

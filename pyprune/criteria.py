@@ -16,7 +16,7 @@ With x the inputs, W [out, in] a weight, G the loss's gradient of W, and sums ov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -88,12 +88,15 @@ def per_group(part: Part, count: int, entries: Tensor) -> Tensor:
     return owned.view(count, part.width).sum(1)
 
 
-def add_parts(groups: Groups, sums: Callable[[nn.Module, int], Tensor], *, normalised: bool) -> Tensor:
+def add_parts(
+    groups: Groups, sums: Callable[[nn.Module, int], Tensor], *, normalised: bool, alive: Tensor | None = None
+) -> Tensor:
     """The score [count] of groups: `sums(linear, dim)` per matrix, added over its matrices; `normalised`: each of unit
-    length first, so that no matrix drowns the others."""
+    length first, so that no matrix drowns the others. Groups whose entry of `alive` is 0 count as 0."""
     total = torch.zeros(groups.count)
     for part in groups.parts:
         values = per_group(part, groups.count, sums(part.linear, part.dim)).to(total)
+        values = values if alive is None else values * alive.to(values)
         total = total + (values / (values.norm() + 1e-8) if normalised else values)
     return total
 
@@ -346,9 +349,13 @@ def lora(model: nn.Module, batches: Sequence[Tensor], rank: int = 8, seed: int =
 
 
 @torch.no_grad()
-def lora_scores(groups: Iterable[Groups], clipped: float = 1.0) -> Scores:
+def lora_scores(groups: Iterable[Groups], clipped: float = 1.0, alive: Mapping[str, Tensor] | None = None) -> Scores:
     """LoRAPrune's scores from the gradients that LoRA's matrices have now; each matrix of unit length before they are
-    added. `clipped`: what the gradients were multiplied with after the backward pass, to be undone.
+    added.
+
+    Args:
+        clipped: what the gradients were multiplied with after the backward pass, to be undone.
+        alive: for groups by name, 1 or 0 for each: a masked one has no score.
 
     Raises:
         ValueError: a linear without LoRA, or LoRA matrices without a gradient.
@@ -360,7 +367,7 @@ def lora_scores(groups: Iterable[Groups], clipped: float = 1.0) -> Scores:
             known[linear, dim] = _lora_sums(linear, dim, clipped)
         return known[linear, dim]
 
-    return {g.name: add_parts(g, sums, normalised=True) for g in groups}
+    return {g.name: add_parts(g, sums, normalised=True, alive=(alive or {}).get(g.name)) for g in groups}
 
 
 def _lora_sums(linear: Any, dim: int, clipped: float) -> Tensor:

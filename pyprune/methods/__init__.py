@@ -24,7 +24,8 @@ class Method(Protocol):
     """What tunes, or tunes and prunes, a causal language model.
 
     A method may also have `check(model)`, which gets the model without its weights (on the meta device) and raises
-    ValueError for options that do not fit its shapes.
+    ValueError for options that do not fit its shapes, and `optimizer(training_arguments)`, which returns the class of an
+    optimiser and its arguments, as `Trainer(optimizer_cls_and_kwargs=...)` takes them.
     """
 
     def prepare(
@@ -46,8 +47,12 @@ class Method(Protocol):
 
 REGISTRY = {
     "pat": "pyprune.methods.pat:PAT",
+    "loraprune": "pyprune.methods.loraprune:LoRAPrune",
+    "llm-pruner": "pyprune.methods.llm_pruner:LLMPruner",
+    "slicegpt": "pyprune.methods.slicegpt:SliceGPT",
     "prune-then-tune": "pyprune.methods.prune_then_tune:PruneThenTune",
     "lora": "pyprune.methods.lora:LoRA",
+    "ast": "pyprune.methods.ast:AST",
 }
 
 ONE_SHOT = {

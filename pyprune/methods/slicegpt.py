@@ -1,0 +1,61 @@
+"""SliceGPT: rotate the residual stream to its principal axes, cut the last ones, then LoRA (Ashkboos et al., arXiv
+2401.15024). A baseline of the PAT paper.
+
+One global rotation (`pyprune.basis`) instead of one a block: the residual stream needs no matrices in between then, and
+the result is a checkpoint of a stock architecture. The rotation unties a tied head, whose parameters count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pyprune import basis, plan, surgery
+from pyprune.architectures import describe
+from pyprune.methods import option
+from pyprune.methods.lora import LoRA
+from pyprune.methods.pat import principal_axes
+
+
+@dataclass
+class SliceGPT(LoRA):
+    """Cut before training; satisfies `Method`."""
+
+    target: str = option("params=0.75", "the model that is left: params= or bytes= (a share or a number), or hidden=")
+    round_to: int = option(64, "the kept hidden size is a multiple of this, which hardware likes")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = plan.Target.parse(self.target)
+        if wanted.kind == "latency" or not set(wanted.shape) <= {"hidden"}:
+            raise ValueError(
+                f"target is {self.target!r}; SliceGPT cuts the hidden size: expected params, bytes or hidden="
+            )
+        plan.Rules(("hidden",), round_to=self.round_to)
+
+    def hidden_size(self, model: nn.Module) -> int:
+        """The hidden size that meets the target; the head counts as untied. Raises ValueError when there is none."""
+        decoder, wanted = describe(model), plan.Target.parse(self.target)
+        rules = plan.Rules(("hidden",), round_to=math.lcm(self.round_to, decoder.width_multiple))
+        return plan.widths_for(decoder, wanted, rules, untied=True).hidden
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError when the model cannot meet the target; `model` may be on the meta device."""
+        self.hidden_size(model)
+
+    def cut(self, model: nn.Module, calibration: Sequence[torch.Tensor] | None) -> nn.Module:
+        """Rotates and cuts, without training: a stock model of the smaller hidden size."""
+        kept = self.hidden_size(model)
+        basis.rotate(model, principal_axes(model, calibration))
+        return surgery.slice_hidden(model, range(kept))
+
+    def prepare(
+        self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: Path | None = None
+    ) -> nn.Module:
+        """The cut model with LoRA. A resumed run makes the same cut again from the same calibration."""
+        return self.adapt(self.cut(model, calibration))
