@@ -131,9 +131,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
     const float weight = to_float(w[i]);
-    m[i] = o.beta1 * m[i] + o.new1 * to_float(g[i]);
+    const float gradient = to_float(g[i]);
+    m[i] = o.beta1 * m[i] + o.new1 * gradient;
     const float u = m[i] + ((kept >> i) & 1 ? 0.0f : o.masked_decay * weight);
-    v[i] = o.beta2 * v[i] + o.new2 * u * u;
+    const float s = mask ? u : gradient;
+    v[i] = o.beta2 * v[i] + o.new2 * s * s;
     const float next = o.keep * weight - o.rate * u / (sqrtf(v[i] * o.correction) + o.eps);
     w[i] = rounded<T>(next, hash32(o.seed + static_cast<uint32_t>(p.start + i)));
   }

@@ -1,10 +1,11 @@
 // The `nm_adamw` family: the optimiser step on masked weights, and the masked weight. Raw pointers, no torch.
 //
-//   m <- b1 m + (1 - b1) g;   u = m + masked_decay (1 - mask) W;   v <- b2 v + (1 - b2) u^2
+//   m <- b1 m + (1 - b1) g;   u = m + masked_decay (1 - mask) W;   v <- b2 v + (1 - b2) s^2
 //   W <- keep W - rate u / (sqrt(v correction) + eps)
 //
 // - Matrices are [rows, columns], contiguous. `mask` is uint8 [rows, ceil(columns / 8)], bit j % 8 (least significant
-//   first) of byte j / 8 is column j, 1 = kept; null means that all are.
+//   first) of byte j / 8 is column j, 1 = kept.
+// - With a mask s = u; with none (null) s = g and u = m, which is AdamW.
 // - "typed" means elements of `dtype`: W and g. m and v are fp32, arithmetic is fp32. W, m and v are changed in place.
 // - fp32 weights are stored as they are. bf16 ones are rounded stochastically: of element i = row columns + column the
 //   magnitude's lower 16 bits gain hash32(i + seed) >> 16 before they are cut off; NaN and infinity stay.

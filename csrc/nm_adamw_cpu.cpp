@@ -53,6 +53,7 @@ inline bfloat16 rounded<bfloat16>(float value, uint32_t noise) {
 template <typename T>
 void nm_adamw(int64_t rows, int64_t columns, const AdamW& o, void* param_, const void* grad_, float* exp_avg_,
               float* exp_avg_sq_, const uint8_t* mask, int threads) {
+  const bool masked = mask != nullptr;
   const int64_t row_bytes = (columns + 7) / 8, tiles = (columns + kTile - 1) / kTile;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t tile = 0; tile < rows * tiles; ++tile) {
@@ -64,7 +65,7 @@ void nm_adamw(int64_t rows, int64_t columns, const AdamW& o, void* param_, const
     float* exp_avg_sq = exp_avg_sq_ + start;
     const uint32_t first = o.seed + static_cast<uint32_t>(start);
     int32_t kept[kTile];
-    if (mask) {
+    if (masked) {
       spread(mask + row * row_bytes + column / 8, width, kept);
     } else {
       memset(kept, 0xff, sizeof kept);
@@ -72,9 +73,11 @@ void nm_adamw(int64_t rows, int64_t columns, const AdamW& o, void* param_, const
 #pragma omp simd
     for (int64_t j = 0; j < width; ++j) {
       const float w = to_float(param[j]);
-      const float m = o.beta1 * exp_avg[j] + o.new1 * to_float(grad[j]);
+      const float g = to_float(grad[j]);
+      const float m = o.beta1 * exp_avg[j] + o.new1 * g;
       const float u = m + float_of(bits_of(o.masked_decay) & ~kept[j]) * w;
-      const float v = o.beta2 * exp_avg_sq[j] + o.new2 * u * u;
+      const float s = masked ? u : g;
+      const float v = o.beta2 * exp_avg_sq[j] + o.new2 * s * s;
       exp_avg[j] = m;
       exp_avg_sq[j] = v;
       const float next = o.keep * w - o.rate * u / (sqrtf(v * o.correction) + o.eps);

@@ -310,6 +310,7 @@ class Experiment:
             batch_size=r.batch_size,
             learning_rate=r.learning_rate,
             callbacks=method.callbacks(),
+            optimizer=getattr(method, "optimizer", None),
             gradient_checkpointing=r.gradient_checkpointing,
             seed=r.seed,
             save_every=r.save_every,

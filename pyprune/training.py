@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -306,6 +306,7 @@ def tune(
     batch_size: int = 4,
     learning_rate: float = 1e-3,
     callbacks: Sequence[TrainerCallback] = (),
+    optimizer: Callable[[TrainingArguments], tuple[type[torch.optim.Optimizer], dict[str, Any]]] | None = None,
     gradient_checkpointing: bool = False,
     seed: int = 0,
     save_every: int | None = None,
@@ -323,6 +324,7 @@ def tune(
     Args:
         dataset: windows of equal length; a batch takes `batch_size` of them, in an order that follows from `seed`.
         callbacks: those of a method; they may add figures to `logs` in `on_log`, which then stand in `metrics`.
+        optimizer: the class of a method's own optimiser and its arguments, from those of the training (default: AdamW).
         metrics: the file for one JSON line a step, each with the name `stage`.
         arguments: further fields of `transformers.TrainingArguments`.
 
@@ -367,6 +369,7 @@ def tune(
         model=model,
         args=training_arguments,
         train_dataset=dataset,
+        optimizer_cls_and_kwargs=optimizer(training_arguments) if optimizer else None,
         callbacks=[*callbacks, DivergenceGuard(), logger, stop, _CompleteCheckpoint(keep=2)],
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results

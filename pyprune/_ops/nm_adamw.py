@@ -130,6 +130,9 @@ def nm_adamw_(
         m <- b1 m + (1 - b1) g;   u = m + masked_decay (1 - mask) W;   v <- b2 v + (1 - b2) u^2
         W <- W (1 - lr weight_decay) - lr / (1 - b1^step) u / (sqrt(v / (1 - b2^step)) + eps)
 
+    v is a moment of u, not of g, so that a step is about lr for every weight, and up to 1 / (1 - b1) of that in the
+    first ones. Without a mask this is AdamW: u = m, and v is a moment of g.
+
     Args:
         param, grad: W and g, [rows, columns] in fp32 or bf16 (fp64 by the reference), or of any shape without a mask.
         exp_avg, exp_avg_sq: m and v, of W's shape in fp32 (fp64 for fp64).
@@ -144,7 +147,7 @@ def nm_adamw_(
             for tensor in (param, grad.contiguous(), exp_avg, exp_avg_sq)
         )
     torch.ops.pyprune.nm_adamw_(
-        param, grad, exp_avg, exp_avg_sq, mask, lr, *betas, eps, weight_decay, masked_decay, step, seed
+        param, grad, exp_avg, exp_avg_sq, mask, lr, *betas, eps, weight_decay, masked_decay, step, seed & 0xFFFFFFFF
     )
 
 

@@ -25,3 +25,9 @@ def unpack_bits(bits: Tensor, columns: int) -> Tensor:
 def is_nonzero(weight: Tensor) -> Tensor:
     """bool: everything but +0 and -0. Reads the bits, so that NaN and denormals count whatever the processor's mode."""
     return (weight.view(INTEGERS[weight.element_size()]) << 1) != 0
+
+
+def count_flips(bits: Tensor, others: Tensor) -> Tensor:
+    """How many bits of two masks differ, an int64 scalar."""
+    counts = torch.tensor([bin(byte).count("1") for byte in range(256)], device=bits.device)
+    return counts[(bits ^ others).long()].sum()

@@ -27,10 +27,10 @@ def nm_adamw_(
     wide = exp_avg.dtype
     w, g = param.to(wide), grad.to(wide)
     exp_avg.mul_(beta1).add_(g, alpha=1 - beta1)
-    u = exp_avg
+    u, s = exp_avg, g
     if mask is not None:
-        u = exp_avg + masked_decay * w * ~unpack_bits(mask, w.shape[1])
-    exp_avg_sq.mul_(beta2).add_(u * u, alpha=1 - beta2)
+        s = u = exp_avg + masked_decay * w * ~unpack_bits(mask, w.shape[1])
+    exp_avg_sq.mul_(beta2).add_(s * s, alpha=1 - beta2)
     denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
     w = w * (1 - lr * weight_decay) - (lr / (1 - beta1**step)) * u / denominator
     param.copy_(round_stochastically(w, seed) if param.dtype == torch.bfloat16 else w)

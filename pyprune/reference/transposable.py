@@ -8,14 +8,14 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
-from pyprune.reference.bits import pack_bits
+from pyprune.reference.bits import count_flips, pack_bits
 
 PAIRS = tuple(combinations(range(4), 2))
 TILES_AT_ONCE = 1 << 18
 
 
 @cache
-def patterns() -> tuple[tuple[int, int, int, int], ...]:
+def patterns() -> tuple[tuple[int, ...], ...]:
     """All 90 masks of a 4 x 4 tile with two ones in every row and column: for each row, which of `PAIRS` is kept."""
 
     def columns(choice: tuple[int, ...]) -> list[int]:
@@ -33,7 +33,8 @@ def transposable_prune(scores: Tensor, previous_bits: Tensor | None) -> tuple[Te
     kept = torch.cat([_best(part) for part in tiles.split(TILES_AT_ONCE)]) if len(tiles) else tiles.bool()
     mask = kept.view(rows // 4, columns // 4, 4, 4).transpose(1, 2).reshape(rows, columns)
     bits = pack_bits(mask)
-    return bits, flips(bits, previous_bits)
+    flips = count_flips(bits, bits if previous_bits is None else previous_bits)
+    return bits, flips
 
 
 def _best(tiles: Tensor) -> Tensor:
@@ -48,11 +49,3 @@ def _best(tiles: Tensor) -> Tensor:
     for ends in (first, second):
         kept.scatter_(2, ends[kept_pair][..., None], True)
     return kept
-
-
-def flips(bits: Tensor, previous_bits: Tensor | None) -> Tensor:
-    """How many bits differ, an int64 scalar; 0 without previous ones."""
-    if previous_bits is None:
-        return torch.zeros((), dtype=torch.int64, device=bits.device)
-    counts = torch.tensor([bin(byte).count("1") for byte in range(256)], device=bits.device)
-    return counts[(bits ^ previous_bits).long()].sum()
