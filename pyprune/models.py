@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from pyprune import removal
+from pyprune import compressed_tensors, removal
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -86,7 +86,9 @@ def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = 
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if hasattr(config, "block_widths"):
+        if compressed_tensors.is_bitmask(path):
+            model = compressed_tensors.load(path, kind)
+        elif hasattr(config, "block_widths"):
             model = _open_uneven(path, config, kind)
         else:
             model = AutoModelForCausalLM.from_pretrained(
