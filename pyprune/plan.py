@@ -255,9 +255,12 @@ class _Search:
 
     def counted(self) -> Widths:
         unit = self.target.kind
-        dense = self.sizes.count(self.dense, unit)
-        limit = self.target.limit(dense)
+        limit = self.target.limit(self.before(unit))
         return self.filled(self.nearest(limit, unit), limit, unit)
+
+    def before(self, unit: str) -> int:
+        """What the dense model has; a head that will be untied counts only afterwards."""
+        return Sizes(self.decoder).count(self.dense, unit)
 
     def nearest(self, limit: float, unit: str) -> Widths:
         """The coarse axes nearest to an equal share, the finest as wide as the limit allows."""
@@ -307,7 +310,7 @@ class _Search:
 
     def unreachable(self, unit: str) -> str:
         smallest = self.widths({axis: options[0] for axis, options in self.options.items()})
-        count, dense = self.sizes.count(smallest, unit), self.sizes.count(self.dense, unit)
+        count, dense = self.sizes.count(smallest, unit), self.before(unit)
         skipped = f" with blocks {sorted(self.rules.skip)} left alone" if self.rules.skip else ""
         return (
             f"target {unit}={self.target.value:g}: not within reach of {', '.join(self.options)}{skipped}; the "
@@ -334,7 +337,7 @@ class _Search:
         while low < high:
             middle = (low + high) // 2
             try:
-                widths = self.nearest(middle / 16 * self.sizes.count(self.dense), "params")
+                widths = self.nearest(middle / 16 * self.before("params"), "params")
             except ValueError:
                 low = middle + 1
                 continue

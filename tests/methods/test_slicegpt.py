@@ -1,0 +1,78 @@
+"""SliceGPT: the cut is the projection on the leading principal axes; the target counts the untied head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from methods.test_loraprune import FP32, logits, wide, windows
+from surgery.tiny_decoders import relative_error, tiny
+
+from pyprune import PruneThenTune, SliceGPT, basis
+from pyprune.architectures import describe
+from pyprune.surgery import parameter_counts
+from pyprune.training import tune
+
+CALIBRATION = list(windows().ids[:12].split(4))
+
+
+def slicegpt(**options: Any) -> SliceGPT:
+    return SliceGPT(**{"target": "hidden=16", "round_to": 4, "lora_rank": 3, "lora_dropout": 0.0} | options)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_the_cut_is_a_projection_on_the_leading_axes(family: str) -> None:
+    """Every writer's output projected on Q's first 16 axes in the dense model whose gains are folded: same logits."""
+    model, dense = tiny(family), tiny(family)
+    q = basis.pca(basis.covariance(dense, CALIBRATION))
+    basis.rotate(dense, torch.eye(24, dtype=torch.float64))
+    projection = q[:, :16] @ q[:, :16].T
+    for writer in describe(dense).writers().values():
+        writer.register_forward_hook(lambda module, args, output: output @ projection)
+    assert relative_error(logits(slicegpt().cut(model, CALIBRATION)), logits(dense)) < 1e-10
+
+
+def test_target_counts_the_untied_head() -> None:
+    for target, share in (("params=0.8", 0.8), ("params=0.5", 0.5)):
+        model = wide()
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        before = parameter_counts(model)["total"]
+        pruned = slicegpt(target=target).cut(model, CALIBRATION)
+        after = parameter_counts(pruned)["total"]
+        assert not describe(pruned).tied
+        step = after / pruned.config.hidden_size * 8  # a multiple of 8 heads
+        assert 0 <= share * before - after < step
+
+
+def test_tuned_as_prune_then_tune(tmp_path: Path) -> None:
+    """The same cut and the same LoRA as prune-then-tune at that hidden size."""
+    results = []
+    for method in (slicegpt(), PruneThenTune(ratio=1 / 3, round_to=8, basis="pca", lora_rank=3, lora_dropout=0.0)):
+        torch.manual_seed(1)
+        model = method.prepare(tiny("llama", False, torch.float32), CALIBRATION)
+        folder = tmp_path / type(method).__name__
+        tune(model, windows(), folder, steps=3, callbacks=method.callbacks(), learning_rate=1e-2, save_every=100)
+        trained = logits(model)
+        results.append(method.finalize(model))
+        torch.testing.assert_close(logits(results[-1]), trained, **FP32)
+    assert results[0].config.hidden_size == 16
+    assert torch.equal(logits(results[0]), logits(results[1]))
+
+
+def test_bad_input() -> None:
+    for options, message in (
+        ({"target": "channels=12"}, "SliceGPT cuts the hidden size"),
+        ({"target": "latency=0.5"}, "SliceGPT cuts the hidden size"),
+        ({"round_to": 0}, "round_to is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            slicegpt(**options)
+    with pytest.raises(ValueError, match="does not accept hidden_size 18"):
+        slicegpt(target="hidden=18").check(tiny("llama"))
+    with pytest.raises(ValueError, match="calibration"):
+        slicegpt().prepare(tiny("llama"))
+    with pytest.raises(ValueError, match="not within reach of hidden"):
+        slicegpt(target="params=0.01").prepare(tiny("llama"), CALIBRATION)
