@@ -28,10 +28,14 @@ class Splitting(OneShot, ABC):
     true_sequential: bool = option(True, "linears read what the pruned ones before them in the block give")
     refine: int = option(10, "steps of conjugate gradients on the weights that stay")
     damping: float = option(0.1, "added to the Gram matrix's diagonal, as a share of its mean")
+    iterations: int = option(20, "iterations of the solver at most")
 
     def __post_init__(self) -> None:
-        if self.damping <= 0 or self.refine < 0:
-            raise ValueError(f"damping is {self.damping}, refine {self.refine}; expected > 0 and >= 0")
+        if not (self.damping > 0 and self.refine >= 0 and self.iterations > 0):
+            raise ValueError(
+                f"damping is {self.damping}, refine {self.refine}, iterations {self.iterations}; expected a positive "
+                "number, 0 or more, and 1 or more"
+            )
 
     def solve(self, block: Block) -> None:
         """Solves one linear after the other."""
@@ -58,8 +62,12 @@ class Splitting(OneShot, ABC):
 class ADMM(Splitting):
     """Boza (arXiv 2401.02938): rho = 1, so one inverse serves all iterations, and a mask that closes gradually."""
 
-    iterations: int = option(20, "iterations of the solver")
     closing: int = option(15, "iterations over which the mask closes, by a cubic schedule; then it stays")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.closing < 1:
+            raise ValueError(f"closing is {self.closing}; expected at least 1")
 
     def split(self, weight: Tensor, gram: Tensor, select: Select) -> tuple[Tensor, Tensor]:
         """Z = mask (W + D);  D += W - Z;  W = (W0 G + rho (Z - D)) (G + rho I)^-1."""
@@ -68,8 +76,8 @@ class ADMM(Splitting):
         solved, dual = weight, torch.zeros_like(weight)
         for i in range(self.iterations):
             moved = solved + dual
-            if i < self.closing or i == 0:
-                mask = select(moved, 1 - (1 - min((i + 1) / max(self.closing, 1), 1)) ** 3)
+            if i < self.closing:
+                mask = select(moved, 1 - (1 - (i + 1) / self.closing) ** 3)
             sparse = mask * moved
             dual = moved - sparse
             solved = (wanted + sparse - dual) @ inverse
@@ -83,6 +91,11 @@ class ALPS(Splitting):
     damping: float = option(0.01, "added to the Gram matrix's diagonal, as a share of its mean")
     iterations: int = option(300, "iterations of the solver at most")
     rho: float = option(0.1, "the penalty at first")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rho > 0:
+            raise ValueError(f"rho is {self.rho}; expected a positive number")
 
     def split(self, weight: Tensor, gram: Tensor, select: Select) -> tuple[Tensor, Tensor]:
         """W = (W0 G + rho (Z - D)) (G + rho I)^-1;  Z = select(W + D);  D += W - Z. Every third iteration rho grows by

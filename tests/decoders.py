@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
+from surgery.tiny_decoders import FAMILY_NAMES, VOCABULARY, tiny
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pyprune.architectures import describe_blocks
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "surgery"))
-from tiny_decoders import FAMILY_NAMES, VOCABULARY, tiny
 
 LAYER_NORM = {
     "gpt2": {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64},
