@@ -146,31 +146,76 @@ def sparsify(model: nn.Module, expected_batch: int = 1, *, measure: bool = True)
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How a weight would be packed in the fewest bytes: `pattern` (n, m) or None for a bitmap, its `bytes` without what
+    padding adds, and how many weights are `kept`."""
+
+    pattern: tuple[int, int] | None
+    bytes: int
+    kept: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Packing:
+        """The best one for a weight [out, in]; an N:M pattern goes before a bitmap of the same size."""
+        nonzero = is_nonzero(weight)
+        kept = int(nonzero.sum())
+        fitting = [pattern for pattern in PATTERNS if _fits(nonzero, *pattern)]
+        choices = [cls(pattern, _bytes(weight, kept, pattern), kept) for pattern in (*fitting, None)]
+        return min(choices, key=lambda choice: choice.bytes)
+
+    def is_worthwhile(self, weight: Tensor) -> bool:
+        """Whether that is clearly less than the dense weight."""
+        return weight.nbytes >= WORTHWHILE * self.bytes
+
+
+def _fits(nonzero: Tensor, n: int, m: int) -> bool:
+    columns = nonzero.shape[1]
+    return columns % m == 0 and bool((nonzero.unflatten(1, (-1, m)).sum(-1, dtype=torch.uint8) <= n).all())
+
+
+def _bytes(weight: Tensor, kept: int, pattern: tuple[int, int] | None) -> int:
+    bits = weight.element_size() * 8
+    if pattern is None:
+        return (kept * bits + weight.numel()) // 8
+    n, m = pattern
+    return weight.numel() // m * n * (bits + index_bits(m)) // 8
+
+
+@dataclass(frozen=True)
 class _Candidate:
     """A dense linear and how it could be packed."""
 
     name: str
-    module: nn.Module
-    weight: Tensor  # [out, in]
-    slorb: nn.Module | None
-    transposed: bool
-    kept: int
-    pattern: tuple[int, int] | None
+    module: Any
+    packing: Packing
+    kind: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> _Candidate:
+        """Looks at a linear's zeros."""
+        weight = _matrix(module)
+        packing = Packing.of(weight)
+        density = round(10 * packing.kept / max(weight.numel(), 1))
+        return cls(name, module, packing, (weight.shape, weight.dtype, weight.device, packing.pattern, density))
 
     @property
-    def size(self) -> float:
-        """Bytes when packed, without what padding adds."""
-        rows, columns = self.weight.shape
-        bits = self.weight.element_size() * 8
-        if self.pattern is None:
-            return (self.kept * bits + rows * columns) / 8
-        n, m = self.pattern
-        return rows * columns // m * n * (bits + index_bits(m)) / 8
+    def slorb(self) -> nn.Module | None:
+        """The low-rank part beside a masked weight."""
+        return self.module.slorb if isinstance(self.module, MaskedLinear) else None
 
-    def pack(self) -> SparseLinear:
+    def pack(self, weight: Tensor) -> SparseLinear:
         """The packed linear."""
-        bias: Any = self.module.bias
-        return SparseLinear.pack(self.weight, bias, self.pattern, slorb=self.slorb, transposed=self.transposed)
+        transposed = not isinstance(self.module, nn.Linear)
+        options = {"slorb": self.slorb, "transposed": transposed}
+        return SparseLinear.pack(weight, self.module.bias, self.packing.pattern, **options)
+
+
+def _matrix(module: Any) -> Tensor:
+    """The weight of a linear as [out, in], masked ones zero."""
+    if isinstance(module, MaskedLinear):
+        return module.masked_weight()
+    weight = module.weight.detach()
+    return weight if isinstance(module, nn.Linear) else weight.T.contiguous()
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -188,59 +233,49 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _candidate(name: str, module: Any) -> _Candidate:
-    masked = isinstance(module, MaskedLinear)
-    transposed = not isinstance(module, nn.Linear)
-    weight = module.masked_weight() if masked else module.weight.detach()
-    weight = weight.T.contiguous() if transposed else weight
-    nonzero = is_nonzero(weight)
-    kept = int(nonzero.sum())
-    fitting = [pattern for pattern in PATTERNS if _fits(nonzero, *pattern)]
-    choices = [
-        _Candidate(name, module, weight, module.slorb if masked else None, transposed, kept, pattern)
-        for pattern in (*fitting, None)
-    ]
-    return min(choices, key=lambda choice: choice.size)
-
-
-def _fits(nonzero: Tensor, n: int, m: int) -> bool:
-    columns = nonzero.shape[1]
-    return columns % m == 0 and bool((nonzero.unflatten(1, (-1, m)).sum(-1, dtype=torch.uint8) <= n).all())
-
-
 def _groups(model: nn.Module) -> list[list[_Candidate]]:
     """Candidates of one shape, format and dtype together, with about as many zeros: they are as fast as each other."""
     groups: dict[Any, list[_Candidate]] = {}
     for name, module in list(_linears(model)):
         if not isinstance(module, SparseLinear):
-            found = _candidate(name, module)
-            density = round(10 * found.kept / max(found.weight.numel(), 1))
-            key = (found.weight.shape, found.weight.dtype, found.weight.device, found.pattern, density)
-            groups.setdefault(key, []).append(found)
+            found = _Candidate.of(name, module)
+            groups.setdefault(found.kind, []).append(found)
     return list(groups.values())
 
 
 def _decide(group: list[_Candidate], batch: int, measure: bool) -> Iterator[tuple[LayerReport, SparseLinear | None]]:
     """For every candidate of a group its report, and the packed linear if it is worthwhile."""
-    promising = [found.weight.nbytes >= WORTHWHILE * found.size for found in group]
-    packed = [found.pack() if promises else None for found, promises in zip(group, promising, strict=True)]
-    pairs = [(found.weight, module) for found, module in zip(group, packed, strict=True) if module is not None]
+    weights = [_matrix(found.module) for found in group]
+    packed = [
+        found.pack(weight) if found.slorb is not None or found.packing.is_worthwhile(weight) else None
+        for found, weight in zip(group, weights, strict=True)
+    ]
+    pairs = [(weight, module) for weight, module in zip(weights, packed, strict=True) if module is not None]
     gain = _measure(pairs, batch) if measure and pairs else None
-    for found, module in zip(group, packed, strict=True):
-        size = int(found.size) if module is None else module.nbytes
+    for found, weight, module in zip(group, weights, packed, strict=True):
+        size = found.packing.bytes if module is None else module.nbytes
         reason = ""
         if module is None:
-            reason = f"too dense: packed it would take {size / max(found.weight.nbytes, 1):.0%} of the bytes"
+            reason = f"too dense: packed it would take {size / max(weight.nbytes, 1):.0%} of the bytes"
         elif gain is not None and gain <= 1:
             reason, module = f"slower packed: {gain:.2f} of the dense speed", None
-        yield _report(found, size, "dense" if module is None else _format(found.pattern), batch, gain, reason), module
+        rows, columns = weight.shape
+        report = LayerReport(
+            name=found.name,
+            shape=(rows, columns),
+            format="dense" if module is None else _format(module.pattern),
+            sparsity=1 - found.packing.kept / max(weight.numel(), 1),
+            dense_bytes=weight.nbytes,
+            packed_bytes=size,
+            expected_gain=_expected_gain(weight.nbytes, size, batch),
+            measured_gain=gain,
+            reason=reason,
+        )
+        yield report, module
 
 
-def _report(found: _Candidate, size: int, kind: str, batch: int, gain: float | None, reason: str) -> LayerReport:
-    rows, columns = found.weight.shape
-    sparsity = 1 - found.kept / max(found.weight.numel(), 1)
-    expected = found.weight.nbytes / max(size, 1) if batch <= DECODE_TOKENS else 1.0
-    return LayerReport(found.name, (rows, columns), kind, sparsity, found.weight.nbytes, size, expected, gain, reason)
+def _expected_gain(dense: int, packed: int, batch: int) -> float:
+    return dense / max(packed, 1) if batch <= DECODE_TOKENS else 1.0
 
 
 def _packed_before(name: str, linear: SparseLinear) -> LayerReport:

@@ -24,7 +24,7 @@ ROWS = [
     ["formats", "masked"],
     ["quantizer", "compressed_tensors"],
     ["packing", "models"],
-    ["checkpoint"],
+    ["checkpoint", "vllm"],
     ["blockwise", "distillation"],
     ["optim"],
     ["methods.ast", "methods.lora", "methods.magnitude", "methods.wanda", "methods.sparsegpt", "methods.admm"],
