@@ -1,4 +1,5 @@
-"""One run, one folder: config.json, log.txt, metrics.jsonl, stages/, checkpoints/, summary.json and model/.
+"""One run, one folder: config.json, log.txt, metrics.jsonl, stages/, checkpoints/, summary.json and model/
+(a sparse result: dense/ and packed/).
 
 A run is a row of stages. A stage that is done has left one record, written atomically, and a resumed run skips it; a
 stage that trains goes on from its newest checkpoint. So a run that was stopped ends as one that was not.
@@ -12,6 +13,7 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -26,12 +28,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyprune import evaluation, surgery
+from pyprune import checkpoint, evaluation, surgery
 from pyprune.architectures import describe
 from pyprune.data import Corpus, DataError, TokenStream, encode
 from pyprune.info import processor, version_of
 from pyprune.methods import Method, like, option
 from pyprune.models import open_model, open_skeleton, open_tokenizer
+from pyprune.plan import Widths
 from pyprune.training import Tuned, latest_checkpoint, tune, write_atomically
 
 log = logging.getLogger("pyprune")
@@ -53,6 +56,7 @@ class Run:
         self.folder = folder
         self.metrics = folder / "metrics.jsonl"
         self.model = folder / "model"
+        self.dense, self.packed = folder / "dense", folder / "packed"  # of a sparse result, in place of `model`
 
     def checkpoints(self, stage: str) -> Path:
         """Where a stage that trains keeps its checkpoints."""
@@ -286,14 +290,41 @@ class Experiment:
         return {**_shape(model), "perplexity": self._perplexity(model)}
 
     def _baseline(self, name: str) -> dict[str, Any]:
-        model, tuned = self._tuned(name, like(name, self.method))
-        return {**_shape(model), "training": dataclasses.asdict(tuned), "perplexity": self._perplexity(model)}
+        with evaluation.peak_memory(_device()) as peak:
+            model, tuned = self._tuned(name, like(name, self.method))
+        record = {**_shape(model), "training": dataclasses.asdict(tuned), "peak_bytes": peak.bytes}
+        return {**record, "perplexity": self._perplexity(model)}
 
     def _train(self) -> dict[str, Any]:
-        model, tuned = self._tuned(self.name, self.method)
-        shutil.rmtree(self.run.model, ignore_errors=True)  # a kill between the export and the record of this stage
-        surgery.export(model, self.tokenizer, self.run.model)
-        return {**_shape(model), "training": dataclasses.asdict(tuned)}
+        with evaluation.peak_memory(_device()) as peak:
+            model, tuned = self._tuned(self.name, self.method)
+        shutil.rmtree(self.result, ignore_errors=True)  # a kill between the export and the record of this stage
+        record = {**_shape(model), "training": dataclasses.asdict(tuned), "peak_bytes": peak.bytes}
+        record["widths"] = Widths.of(describe(model)).largest()
+        if not self.sparse:
+            surgery.export(model, self.tokenizer, self.result)
+            return record
+        report = checkpoint.save(model, self.tokenizer, self.result)
+        log.info("%s", report)
+        shutil.rmtree(self.run.dense, ignore_errors=True)
+        checkpoint.save_dense(model, self.tokenizer, self.run.dense)
+        zeros = sum(layer.sparsity * math.prod(layer.shape) for layer in report.layers)
+        weights = sum(math.prod(layer.shape) for layer in report.layers)
+        return record | {
+            "sparsity": zeros / weights,
+            "bytes_dense": report.dense_bytes,
+            "bytes_packed": report.bytes,
+        }
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the method's result has zeros instead of smaller shapes."""
+        return getattr(self.method, "sparse", False)
+
+    @property
+    def result(self) -> Path:
+        """Where the method's result is measured: packed if it is sparse."""
+        return self.run.packed if self.sparse else self.run.model
 
     def _tuned(self, stage: str, method: Method) -> tuple[nn.Module, Tuned]:
         from transformers import set_seed
@@ -323,12 +354,12 @@ class Experiment:
         return method.finalize(model), tuned
 
     def _measure_pruned(self) -> dict[str, Any]:
-        model = self._open(self.run.model)
+        model = self._open(self.result)
         return {**_shape(model), "perplexity": self._perplexity(model)}
 
     def _speed(self) -> dict[str, Any]:
         r = self.recipe
-        dense, pruned = self._open(self.dense), self._open(self.run.model)
+        dense, pruned = self._open(self.dense), self._open(self.result)
         measured = evaluation.latency(
             {"dense": dense, "pruned": pruned}, r.prompt_tokens, r.new_tokens, r.repeats, progress=self.progress
         )
@@ -355,10 +386,15 @@ class Experiment:
             "method": self.name,
             "ratio_requested": getattr(self.method, "ratio", None),
             "ratio_achieved": 1 - pruned["hidden_size"] / dense["hidden_size"],
+            **{key: trained[key] for key in ("sparsity", "bytes_dense", "bytes_packed") if key in trained},
             "params_dense": dense["params"],
             "params_pruned": pruned["params"],
             "block_params_dense": dense["block_params"],
             "block_params_pruned": pruned["block_params"],
+            "target": getattr(self.method, "target", None),
+            "params_removed": 1 - pruned["params"] / dense["params"],
+            "widths_pruned": trained["widths"],
+            "peak_bytes": trained["peak_bytes"],
             "hidden_size_dense": dense["hidden_size"],
             "hidden_size_pruned": pruned["hidden_size"],
             "tied": pruned["tied"],
@@ -410,8 +446,13 @@ def _seconds(record: dict[str, Any]) -> float:
     return max(record["seconds"], record.get("training", {}).get("seconds", 0.0))
 
 
+def _device() -> str:
+    """Where `open_model` puts a model."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _shape(model: nn.Module) -> dict[str, Any]:
-    """Sizes counted from the tensors, not from a setting."""
+    """Sizes counted from the tensors, not from a setting; of packed weights, the values that are stored."""
     decoder, counts = describe(model), surgery.parameter_counts(model)
     return {
         "params": counts["total"],
