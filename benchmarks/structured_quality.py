@@ -1,0 +1,249 @@
+"""Structured pruning on a real model: LLM-Pruner, SliceGPT, LoRAPrune and PAT at equal parameters and equal tokens.
+
+    python benchmarks/structured_quality.py                           hours; stop it at will, the same command goes on
+    python benchmarks/structured_quality.py --steps 48 --removed 0.25 --seeds 0 --methods lora llm-pruner loraprune
+    python benchmarks/structured_quality.py --table                   the table, from structured_quality.csv
+
+Every trial, a method at a share of parameters removed and a seed, is tuned on the same tokens of the demo's text by a
+process of its own (so that its peak memory is its own), exported, loaded again as a stock checkpoint and measured on
+the same held-out text. PAT's hidden size is the one that meets the same number of parameters. Each trial is one run
+folder under --out. The result is structured_quality.csv, one row for each trial, and the picture of that name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from models import conditions
+from pat_quality import Cell, read_csv, run, write_csv
+from torch import get_num_threads, set_num_threads
+
+from pyprune import data
+from pyprune.architectures import describe
+from pyprune.cli.demo import DEMO
+from pyprune.cli.fields import add_fields, from_fields
+from pyprune.methods import find
+from pyprune.models import open_skeleton
+from pyprune.plan import Rules, Target, widths_for
+from pyprune.runs import Recipe
+
+CSV = Path(__file__).with_name("structured_quality.csv")
+DEFAULTS = DEMO | {"steps": 600, "warmup": 20, "eval_tokens": None, "save_every": None}
+LORA = {name: DEMO[name] for name in ("lora_rank", "lora_alpha", "lora_dropout")}
+LABELS = {
+    "lora": "LoRA, nothing removed",
+    "llm-pruner": "LLM-Pruner, then LoRA",
+    "slicegpt": "SliceGPT, then LoRA",
+    "loraprune": "LoRAPrune",
+    "pat-identity": "PAT (identity)",
+    "pat-learned": "PAT (learned basis)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One method with its options and its recipe, in the run folder `name`; satisfies what `pat_quality.run` asks."""
+
+    name: str
+    label: str
+    method: Any
+    seed: int
+
+
+def trial(label: str, removed: float, seed: int, dense: Path) -> Trial:
+    """A method that leaves `1 - removed` of the dense model's parameters."""
+    target = f"params={1 - removed:g}"
+    exact = {"target": target, "round_to": 1}  # so that all of them have the same number of parameters
+    if label == "lora":
+        return Trial(f"lora-{seed}", label, find("lora")(**LORA), seed)
+    if label.startswith("pat-"):
+        basis = label.removeprefix("pat-")
+        options = LORA | {"basis": basis, "ratio": hidden_ratio(target, basis, dense), "round_to": 1}
+        method = find("pat")(**options, milestone=DEMO["milestone"])
+    elif label == "loraprune":
+        method = find(label)(**LORA, **exact, mask_every=2)
+    else:
+        method = find(label)(**LORA, **exact)
+    return Trial(f"{label}-{removed:g}-{seed}", label, method, seed)
+
+
+def hidden_ratio(target: str, basis: str, dense: Path) -> float:
+    """The share of hidden channels to drop for a number of parameters; a rotated basis unties the head."""
+    decoder = describe(open_skeleton(dense))
+    rules = Rules(("hidden",), round_to=decoder.width_multiple)
+    widths = widths_for(decoder, Target.parse(target), rules, untied=basis != "identity")
+    return 1 - widths.hidden / decoder.hidden_size
+
+
+# ------------------------------------------------------------------------------------------------------------ the csv
+
+
+def row(found: Trial, removed: float, summary: dict[str, Any]) -> dict[str, Any]:
+    """One line of the csv."""
+    hardware, versions = summary["hardware"], summary["versions"]
+    return {
+        "method": found.label,
+        "removed_requested": 0 if found.label == "lora" else removed,
+        "removed": f"{summary['params_removed']:.4f}",
+        "seed": found.seed,
+        "perplexity": f"{summary['ppl_pruned']:.4f}",
+        "perplexity_dense": f"{summary['ppl_dense']:.4f}",
+        "params": summary["params_pruned"],
+        "bytes": summary["params_pruned"] * (2 if "16" in summary["dtype"] else 4),
+        **{name: summary["widths_pruned"][name] for name in ("hidden", "heads", "channels", "layers")},
+        "prefill_speedup": f"{summary['prefill_speedup']:.3f}",
+        "decode_speedup": f"{summary['decode_speedup']:.3f}",
+        "peak_training_bytes": summary["peak_bytes"],
+        "steps": summary["steps"],
+        "tokens_trained": summary["tokens_trained"],
+        "seconds": f"{summary['seconds']:.0f}",
+        "eval_tokens": summary["evaluation"]["tokens"],
+        "eval_window": summary["evaluation"]["window"],
+        "dtype": summary["dtype"],
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "hardware": hardware["gpu"] or hardware["cpu"],
+        "threads": hardware["threads"],
+        **{name: versions[name] for name in ("torch", "transformers", "peft", "pyprune")},
+        "commit": (summary["commit"] or "unknown")[:12],
+    }
+
+
+def check(cells: Sequence[dict[str, Any]]) -> None:
+    """Ends when the rows cannot be compared: another budget, held-out text, dtype or dense model."""
+    for key in ("steps", "tokens_trained", "eval_tokens", "eval_window", "dtype", "perplexity_dense"):
+        values = {str(cell[key]) for cell in cells}
+        if len(values) > 1:
+            raise SystemExit(f"the runs differ in {key}: {sorted(values)}; they are no comparison, nothing was written")
+
+
+# ------------------------------------------------------------------------------------------- the table and the picture
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Markdown: a line for each method and share, the mean over seeds (with their spread, if there are several)."""
+    lines = [
+        "| removed | method | perplexity | parameters | prefill | decode | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for removed, label in sorted({(c["removed_requested"], c["method"]) for c in cells}, key=_order):
+        same = [c for c in cells if (c["removed_requested"], c["method"]) == (removed, label)]
+        mean = {key: statistics.mean(float(c[key]) for c in same) for key in same[0] if _is_number(same[0][key])}
+        spread = f" ± {statistics.stdev(float(c['perplexity']) for c in same):.2f}" if len(same) > 1 else ""
+        figures = [
+            f"{mean['removed']:.1%}",
+            LABELS[label],
+            f"{mean['perplexity']:.2f}{spread}",
+            f"{mean['params'] / 1e6:.1f} M",
+            f"{mean['prefill_speedup']:.2f}x",
+            f"{mean['decode_speedup']:.2f}x",
+            f"{mean['peak_training_bytes'] / 2**30:.2f} GiB",
+        ]
+        lines.append(f"| {' | '.join(figures)} |")
+    first = cells[0]
+    lines.append(
+        f"\nSmolLM2-135M-Instruct (4-bit-rounded weights), dense {float(first['perplexity_dense']):.2f}; every method "
+        f"tuned on {int(first['tokens_trained']):,} tokens ({first['steps']} steps), {first['dtype']}; perplexity on "
+        f"{int(first['eval_tokens']):,} held-out tokens, window {first['eval_window']}; seeds "
+        f"{', '.join(sorted({c['seed'] for c in cells}))}; {first['hardware']}, {first['threads']} thread(s)."
+    )
+    return "\n".join(lines)
+
+
+def _order(key: tuple[str, str]) -> tuple[float, int]:
+    return float(key[0]), list(LABELS).index(key[1])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def picture(cells: Sequence[Cell], path: Path) -> None:
+    """Perplexity over the share of parameters removed, a line for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    for label in LABELS:
+        mine = [c for c in cells if c["method"] == label]
+        shares = sorted({c["removed_requested"] for c in mine}, key=float)
+        points = [
+            [statistics.mean(float(c[key]) for c in mine if c["removed_requested"] == share) for share in shares]
+            for key in ("removed", "perplexity")
+        ]
+        if mine and label == "lora":
+            axes.axhline(points[1][0], color="gray", linestyle="-.", label=f"{LABELS[label]}: {points[1][0]:.1f}")
+        elif mine:
+            axes.plot([100 * x for x in points[0]], points[1], marker="o", linewidth=2, label=LABELS[label])
+    axes.set_yscale("log")
+    axes.set_xlabel("parameters removed (%)")
+    axes.set_ylabel(f"perplexity, {int(cells[0]['eval_tokens']):,} held-out tokens")
+    axes.set_title(
+        f"SmolLM2-135M (4-bit-rounded), {int(cells[0]['tokens_trained']):,} tokens of tuning each", fontsize=11
+    )
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    figure.savefig(path, dpi=160)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Runs what is not done yet, or prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table of structured_quality.csv, run nothing")
+    parser.add_argument("--out", type=Path, default=Path("runs/structured_quality"), help="where the run folders are")
+    parser.add_argument(
+        "--removed", type=float, nargs="+", default=[0.20, 0.25, 0.30, 0.50], help="shares of parameters"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(LABELS), choices=list(LABELS))
+    parser.add_argument("--threads", type=int, default=get_num_threads())
+    parser.add_argument("--one", nargs=3, metavar=("METHOD", "REMOVED", "SEED"), help=argparse.SUPPRESS)
+    add_fields(parser, Recipe, {name: value for name, value in DEFAULTS.items() if name != "seed"})
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(read_csv(CSV)))
+        return
+    set_num_threads(arguments.threads)
+    dense = arguments.out / "dense"
+    if not dense.exists():
+        data.demo_model(dense)
+    if arguments.one:
+        label, removed, seed = arguments.one
+        recipe = dataclasses.replace(from_fields(Recipe, arguments), seed=int(seed))
+        run(trial(label, float(removed), int(seed), dense), dense, data.demo_text(), recipe, arguments.out)
+        return
+    print(conditions(arguments.threads))
+    recipe, rows = from_fields(Recipe, arguments), []
+    for seed in arguments.seeds:
+        for removed, label in [(r, m) for r in arguments.removed for m in arguments.methods]:
+            found = trial(label, removed, seed, dense)
+            if any(found.name == name for name, _ in rows):  # LoRA depends on no share
+                continue
+            child = [sys.executable, __file__, *sys.argv[1:], "--one", label, str(removed), str(seed)]
+            subprocess.run(child, check=True)
+            summary = run(found, dense, data.demo_text(), dataclasses.replace(recipe, seed=seed), arguments.out)
+            rows.append((found.name, row(found, removed, summary)))
+            print(f"{found.name}: perplexity {summary['ppl_pruned']:.2f}", flush=True)
+    cells = [cell for _, cell in rows]
+    check(cells)
+    write_csv(cells, CSV)
+    picture(read_csv(CSV), CSV.with_suffix(".png"))
+    print(table(read_csv(CSV)))
+
+
+if __name__ == "__main__":
+    main()
