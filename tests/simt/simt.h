@@ -444,7 +444,7 @@ Value shuffle(unsigned mask, Value value, int source, const char* name, int line
                   [mask](Item(&items)[kWarp]) {
                     Value out[kWarp];
                     for (int l = 0; l < kWarp; ++l)
-                      out[l] = mask >> l & 1 ? items[items[l].source % kWarp].value : Value{};
+                      out[l] = mask >> l & 1 ? items[items[l].source & (kWarp - 1)].value : Value{};
                     for (int l = 0; l < kWarp; ++l) items[l].value = out[l];
                   })
       .value;
@@ -465,6 +465,10 @@ inline unsigned permute_bytes(unsigned a, unsigned b, unsigned selector, int lin
   unsigned out = 0;
   for (int i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
   return out;
+}
+
+inline void sync_warp(int line) {
+  if (line != options.skip_line) ballot(kFullMask, true, line);
 }
 
 inline float to_float(__nv_bfloat16 value) {
@@ -501,7 +505,7 @@ inline __half to_half(float value) {
 #define blockDim (simt::block_size())
 #define gridDim (simt::block->grid)
 #define __syncthreads() simt::sync_block(__LINE__)
-#define __syncwarp() simt::ballot(simt::kFullMask, true, __LINE__)
+#define __syncwarp() simt::sync_warp(__LINE__)
 #define __ballot_sync(mask, predicate) simt::ballot(mask, predicate, __LINE__)
 #define __shfl_sync(mask, value, source) simt::shuffle(mask, value, source, "__shfl_sync", __LINE__)
 #define __shfl_xor_sync(mask, value, bits) \

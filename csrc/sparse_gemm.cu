@@ -1,0 +1,592 @@
+// y = x W^T + bias with a 2:4 or a bitmap weight, for few tokens. The contract is in sparse_gemm.h.
+//
+// For few tokens the product is bound by reading W once. A block makes 64 outputs of up to 64 tokens: it streams stages
+// of 64 x 128 of W, packed, and of x through shared memory (cp.async), where each of its four warps takes 32 rows and
+// 64 columns. W takes the left side of the products, so that tokens fill the short side (8) of the tensor cores'.
+//
+//   kernel            bytes per weight, bf16        floor of 4096 x 11008     instructions per weight, of
+//   stream<Nm>        1 + 1/8            (2:4)      15 us at 3.35 TB/s        1 (tensor cores), 7 (plain)    10
+//   stream<Bitmap>    2 (1 - s) + 1/8               15 us at s = 0.5          6 (tensor cores), 9 (plain)    10
+//
+// "of": what an H100's SM can issue in the time in which it receives that weight (128 lanes a clock, 14.5 bytes a
+// clock, s = 0.5; at s = 0.7 it is 6.4). So 2:4 is bound by memory with room to spare, and the bitmap's decoding is
+// what counts. That is also why tensor cores serve one token too: the products are then nearly free, 1/16 of an
+// instruction.
+//
+// Shared memory of a stage, 16-bit types: 2:4 9 KB, bitmap 17 KB (for the densest tile; 9 KB move at s = 0.5), x 2 to
+// 16 KB. Every address past the matrix reads as zero weights. Registers: docs/kernels.md. No atomics: with splits, a
+// second kernel adds partial sums in order.
+#include "device.cuh"
+#include "ptx.cuh"
+#include "sparse_gemm.h"
+
+namespace pyprune {
+namespace {
+
+using namespace device;
+
+constexpr int kThreads = 128;
+constexpr int kRows = 64;  // of W that a block takes
+constexpr int kTile = 64;  // columns of W that a warp takes of a stage
+constexpr int kStageColumns = 128;
+constexpr int kWarpRows = 32;  // of W; warps 0, 1 the left tile of a stage, warps 2, 3 the right one
+constexpr int kPlainTokens = 4;
+constexpr int kFinishThreads = 256;
+
+template <typename T>
+constexpr int kVector = 16 / sizeof(T);
+
+// Where a warp and a lane stand. A quad, four neighbouring lanes, shares a row (of W) or a token (of x).
+struct Position {
+  int half = threadIdx.x / 64;                  // of the stage's columns
+  int row0 = threadIdx.x / 32 % 2 * kWarpRows;  // of the block's rows
+  int quad = threadIdx.x % 32 / 4, in_quad = threadIdx.x % 4;
+};
+
+// The 16-byte chunks of a row of shared memory are permuted by row, so that eight rows at one column (ldmatrix), and
+// four rows at two neighbouring chunks (8-byte loads of half a warp), lie in different banks.
+__device__ __forceinline__ int swizzle(int row, int chunk) { return chunk ^ ((row & 3) << 1 | (row >> 2 & 1)); }
+
+// kChunks chunks of a row from `column` on into shared memory, with zeros from `valid` elements on. A thread takes one
+// chunk of every kThreads / kChunks-th row. `aligned`: chunks are wholly valid or not, and on 16-byte boundaries.
+template <typename T, int kChunks>
+__device__ __forceinline__ void load_rows(unsigned char* shared, const T* source, int64_t pitch, int rows,
+                                          int64_t rows_left, int64_t columns_left, bool aligned) {
+  const int chunk = threadIdx.x % kChunks;
+  const int64_t left = columns_left - chunk * kVector<T>;
+  const int valid = left >= kVector<T> ? kVector<T> : left > 0 ? static_cast<int>(left) : 0;
+  for (int row = threadIdx.x / kChunks; row < rows; row += kThreads / kChunks) {
+    unsigned char* target = shared + (row * kChunks + swizzle(row, chunk)) * 16;
+    const int inside = row < rows_left ? valid : 0;
+    const T* from = source + row * pitch + chunk * kVector<T>;
+    if (aligned) {
+      ptx::cp_async_16(target, inside ? from : source, inside ? 16 : 0);
+    } else {
+      T* elements = reinterpret_cast<T*>(target);
+      for (int i = 0; i < kVector<T>; ++i) elements[i] = i < inside ? from[i] : from_float<T>(0.0f);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The tokens of a stage: kStageColumns columns of x
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Tokens {
+  static constexpr int kChunks = kStageColumns / kVector<T>;
+  static constexpr int kRowBytes = kChunks * 16;
+  const T* x;
+  int64_t tokens, inputs;
+  bool aligned;
+
+  __device__ __forceinline__ void load(unsigned char* shared, int64_t token0, int rows, int64_t column0) const {
+    load_rows<T, kChunks>(shared, x + token0 * inputs + column0, inputs, rows, tokens - token0, inputs - column0,
+                          aligned);
+  }
+
+  // Four neighbouring elements, from a column that is a multiple of four.
+  static __device__ __forceinline__ const T* four(const unsigned char* shared, int token, int column) {
+    return reinterpret_cast<const T*>(shared + token * kRowBytes + swizzle(token, column / kVector<T>) * 16) +
+           column % kVector<T>;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2:4
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Nm {
+  static constexpr int kChunks = kStageColumns / 2 / kVector<T>;
+  static constexpr int kRowBytes = kChunks * 16;
+  static constexpr int kMetadataRowBytes = kStageColumns / 8;
+  static constexpr int kBytes = kRows * (kRowBytes + kMetadataRowBytes);
+  static constexpr unsigned kNoPlaces = 0x44;  // Places 0 and 1, twice: what stands for weights that do not exist.
+
+  const T* values;
+  const uint8_t* metadata;
+  int64_t outputs, inputs;
+  bool aligned;
+
+  __device__ __forceinline__ void load(unsigned char* shared, int64_t row0, int64_t column0) const {
+    const int64_t rows_left = outputs - row0, kept = inputs / 2;
+    load_rows<T, kChunks>(shared, values + row0 * kept + column0 / 2, kept, kRows, rows_left, kept - column0 / 2,
+                          aligned);
+    const int row = threadIdx.x / 2, piece = threadIdx.x % 2;  // Eight bytes of metadata a thread, for 64 columns.
+    const int64_t pitch = ceil_divide(inputs, 8), byte = column0 / 8 + piece * 8;
+    unsigned char* target = shared + kRows * kRowBytes + row * kMetadataRowBytes + piece * 8;
+    const uint8_t* source = metadata + (row0 + row) * pitch + byte;
+    if (aligned && row < rows_left && byte < pitch) {
+      ptx::cp_async_8(target, source, 8);
+      return;
+    }
+    for (int i = 0; i < 8; ++i) {
+      unsigned places = row < rows_left && byte + i < pitch ? source[i] : kNoPlaces;
+      if (inputs % 8 == 4 && byte + i == pitch - 1) places = (places & 0xf) | (kNoPlaces & 0xf0);  // Half a byte.
+      target[i] = static_cast<unsigned char>(places);
+    }
+  }
+
+  // On tensor cores: a word of metadata per lane serves two products (see ptx.cuh).
+  template <int kTiles>
+  static __device__ __forceinline__ void multiply(float (&sums)[2][kTiles][4], int tiles, const unsigned char* shared,
+                                                  const unsigned char* x) {
+    const Position at;
+    const int lane = threadIdx.x % 32;
+    const unsigned char* metadata = shared + kRows * kRowBytes;
+    uint32_t a[2][2][4], places[2];  // [16 rows][32 columns]
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = at.row0 + i * 16;
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int chunk = at.half * 4 + k * 2 + lane / 16;
+        ptx::ldmatrix_x4(a[i][k], shared + (row + lane % 16) * kRowBytes + swizzle(row + lane % 16, chunk) * 16);
+      }
+      const auto* mine =
+          reinterpret_cast<const uint16_t*>(metadata + (row + at.quad) * kMetadataRowBytes) + at.half * 4 + at.in_quad;
+      places[i] = mine[0] | static_cast<uint32_t>(mine[8 * kMetadataRowBytes / 2]) << 16;
+    }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      if (j >= tiles) break;
+      const int token = j * 8 + lane % 8;
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        uint32_t b[4];
+        const int chunk = at.half * 8 + k * 4 + lane / 8;
+        ptx::ldmatrix_x4(b, x + token * Tokens<T>::kRowBytes + swizzle(token, chunk) * 16);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (k == 0) {
+            ptx::mma_sp_m16n8k32<T, 0>(sums[i][j], a[i][k], b, places[i]);
+          } else {
+            ptx::mma_sp_m16n8k32<T, 1>(sums[i][j], a[i][k], b, places[i]);
+          }
+        }
+      }
+    }
+  }
+
+  // The lane's four rows of the warp's 32, and of each step's 16 columns four: 16 step + 4 in_quad .. + 4.
+  struct PlainRows {
+    const unsigned char* values;
+    uint2 places[4];
+
+    __device__ __forceinline__ explicit PlainRows(const unsigned char* shared) : values(shared) {
+      const Position at;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = at.row0 + i * 8 + at.quad;
+        places[i] = reinterpret_cast<const uint2*>(shared + kRows * kRowBytes + row * kMetadataRowBytes)[at.half];
+      }
+    }
+    __device__ __forceinline__ void four(int i, int step, float (&out)[4]) const {
+      const Position at;
+      const int row = at.row0 + i * 8 + at.quad, value = at.half * 32 + step * 8 + at.in_quad * 2;
+      const unsigned mine = (step < 2 ? places[i].x : places[i].y) >> (step % 2 * 16 + at.in_quad * 4);
+      const T* pair = reinterpret_cast<const T*>(values + row * kRowBytes + swizzle(row, value / kVector<T>) * 16) +
+                      value % kVector<T>;
+      const float first = to_float(pair[0]), second = to_float(pair[1]);
+#pragma unroll
+      for (unsigned c = 0; c < 4; ++c) out[c] = (mine & 3) == c ? first : (mine >> 2 & 3) == c ? second : 0.0f;
+    }
+  };
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Bitmap
+// ---------------------------------------------------------------------------------------------------------------------
+
+// For each set of four columns, the `prmt` selectors that spread values v0 v1 v2 v3 over them, two columns in each half
+// of the word. Of four values at most three are used, unless all are: so v3 can be made zero, and stand for the rest.
+__device__ __forceinline__ uint32_t selectors_of(unsigned bits) {
+  uint32_t selectors = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const unsigned value = bits >> i & 1 ? __popc(bits & ((1u << i) - 1)) : 3;
+    selectors |= (value * 0x22 + 0x10) << 8 * i;
+  }
+  return selectors;
+}
+
+template <typename T>
+struct Bitmap {
+  static constexpr int kTileElements = kRows * kTile;
+  static constexpr int kBitmapBytes = kTileElements / 8;
+  static constexpr int kTileBytes = kTileElements * sizeof(T) + kBitmapBytes;
+  static constexpr int kBytes = 2 * kTileBytes;
+
+  const T* values;
+  const uint8_t* bitmap;
+  const int64_t* offsets;
+  int64_t tile_columns;
+
+  // Half of the threads for each tile.
+  __device__ __forceinline__ void load(unsigned char* shared, int64_t row0, int64_t column0) const {
+    const int half = threadIdx.x / 64, thread = threadIdx.x % 64;
+    const int64_t column = column0 / kTile + half, tile = row0 / kTile * tile_columns + column;
+    const bool inside = column < tile_columns;
+    unsigned char* target = shared + half * kTileBytes;
+    if (thread < kBitmapBytes / 16) {
+      const uint8_t* bits = bitmap + (inside ? tile * kBitmapBytes + thread * 16 : 0);
+      ptx::cp_async_16(target + kTileElements * sizeof(T) + thread * 16, bits, inside ? 16 : 0);
+    }
+    if (!inside) return;
+    const int64_t first = __ldg(offsets + tile), past = __ldg(offsets + tile + 1);
+    const int chunks = static_cast<int>(past - first) / kVector<T>;
+    for (int chunk = thread; chunk < chunks; chunk += 64) {
+      ptx::cp_async_16(target + chunk * 16, values + first + chunk * kVector<T>, 16);
+    }
+  }
+
+  // What a warp knows of its tile: the places where the values of rows 2 lane (low half) and 2 lane + 1 begin.
+  struct Starts {
+    const unsigned char* tile;
+    unsigned mine;
+
+    __device__ __forceinline__ explicit Starts(const unsigned char* shared)
+        : tile(shared + Position().half * kTileBytes) {
+      const uint4 bits = reinterpret_cast<const uint4*>(tile + kTileElements * sizeof(T))[threadIdx.x % 32];
+      const int first = __popc(bits.x) + __popc(bits.y), second = __popc(bits.z) + __popc(bits.w);
+      const unsigned start = static_cast<unsigned>(scan_warp(first + second) - first - second);
+      mine = start | (start + first) << 16;
+    }
+    __device__ __forceinline__ unsigned of(int row) const {
+      return __shfl_sync(kFullWarp, mine, row / 2) >> (row % 2 * 16) & 0xffff;
+    }
+  };
+
+  // A row of the warp's tile, of which this lane takes columns 16 step + 4 in_quad .. + 4 for step < 4.
+  struct Row {
+    const unsigned char* values;
+    uint2 bits;
+    unsigned start, middle;  // Where the values of columns 0 and 32 begin.
+
+    Row() = default;
+    __device__ __forceinline__ Row(const Starts& starts, int row)
+        : values(starts.tile),
+          bits(reinterpret_cast<const uint2*>(starts.tile + kTileElements * sizeof(T))[row]),
+          start(starts.of(row)) {
+      middle = start + __popc(bits.x);
+    }
+
+    // The bits of the lane's four columns as the lowest ones, and where their values begin.
+    __device__ __forceinline__ unsigned four_bits(int step, unsigned* first) const {
+      const unsigned word = step < 2 ? bits.x : bits.y, shift = step % 2 * 16 + threadIdx.x % 4 * 4;
+      *first = (step < 2 ? start : middle) + __popc(word & ((1u << shift) - 1));
+      return word >> shift;
+    }
+  };
+
+  // The four columns of a 16-bit type as two pairs. `table` is selectors_of(lane % 16), so that a shuffle looks it up.
+  static __device__ __forceinline__ void pairs(const Row& row, int step, uint32_t table, uint32_t* low,
+                                               uint32_t* high) {
+    unsigned first;
+    const unsigned bits = row.four_bits(step, &first);
+    const uint32_t selectors = __shfl_sync(kFullWarp, table, bits);  // The lane is bits % 32.
+    const bool all = (~bits & 15) == 0;
+    const auto* words = reinterpret_cast<const uint32_t*>(row.values) + first / 2;
+    uint32_t third = 0;
+    if (all) third = words[2];
+    const uint32_t left = __funnelshift_r(words[0], words[1], first * 16);  // Values may begin inside a word.
+    uint32_t right = __funnelshift_r(words[1], third, first * 16);
+    if (!all) right &= 0xffff;
+    *low = __byte_perm(left, right, selectors);
+    *high = __byte_perm(left, right, selectors >> 16);
+  }
+
+  struct PlainRows {
+    Row rows[4];
+    uint32_t table;
+
+    __device__ __forceinline__ explicit PlainRows(const unsigned char* shared) : table(selectors_of(threadIdx.x % 16)) {
+      const Position at;
+      const Starts starts(shared);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rows[i] = Row(starts, at.row0 + i * 8 + at.quad);
+    }
+    __device__ __forceinline__ void four(int i, int step, float (&out)[4]) const {
+      if constexpr (std::is_same_v<T, float>) {
+        unsigned first;
+        const unsigned bits = rows[i].four_bits(step, &first);
+        const float* value = reinterpret_cast<const float*>(rows[i].values) + first;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          out[c] = 0.0f;
+          if (bits >> c & 1) out[c] = *value++;
+        }
+      } else {
+        union {
+          uint32_t words[2];
+          T elements[4];
+        };
+        pairs(rows[i], step, table, &words[0], &words[1]);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) out[c] = to_float(elements[c]);
+      }
+    }
+  };
+
+  // On tensor cores. A product sums over 16 columns in any order, the same on both sides: a lane's two pairs are four
+  // neighbouring columns, of W and of x.
+  template <int kTiles>
+  static __device__ __forceinline__ void multiply(float (&sums)[2][kTiles][4], int tiles, const unsigned char* shared,
+                                                  const unsigned char* x) {
+    const Position at;
+    const uint32_t table = selectors_of(threadIdx.x % 16);
+    const Starts starts(shared);
+    Row rows[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows[i / 2][i % 2] = Row(starts, at.row0 + i * 8 + at.quad);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint2 b[kTiles];
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        if (j >= tiles) break;
+        const int column = at.half * kTile + step * 16 + at.in_quad * 4;
+        b[j] = *reinterpret_cast<const uint2*>(Tokens<T>::four(x, j * 8 + at.quad, column));
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t a[4];
+        pairs(rows[i][0], step, table, &a[0], &a[2]);
+        pairs(rows[i][1], step, table, &a[1], &a[3]);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          if (j >= tiles) break;
+          ptx::mma_m16n8k16<T>(sums[i][j], a, b[j].x, b[j].y);
+        }
+      }
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The kernels
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Output {
+  int64_t tokens, outputs;
+  const T* bias;  // or null
+  T* y;
+  float* partial;  // [splits,tokens,outputs], or null: this block's sums are whole
+
+  __device__ __forceinline__ void store(int64_t at, int64_t output, float sum) const {
+    y[at] = from_float<T>(bias == nullptr ? sum : sum + to_float(bias[output]));
+  }
+};
+
+// What each thread sums: kTiles tiles of eight tokens on tensor cores, or (kTiles = 0) four tokens without.
+template <typename T, typename Weight, int kTiles>
+struct Sums {
+  static constexpr int kTokens = kTiles * 8;
+  float values[2][kTiles][4] = {};
+
+  __device__ __forceinline__ void add(const unsigned char* weight, const unsigned char* x, int tiles) {
+    Weight::multiply(values, tiles, weight, x);
+  }
+  // put(row, token, sum) for everything that this thread has.
+  template <typename Put>
+  __device__ __forceinline__ void finish(int tiles, Put put) const {
+    const Position at;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      if (j >= tiles) break;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          put(at.row0 + i * 16 + e / 2 * 8 + at.quad, j * 8 + at.in_quad * 2 + e % 2, values[i][j][e]);
+        }
+      }
+    }
+  }
+};
+
+template <typename T, typename Weight>
+struct Sums<T, Weight, 0> {
+  static constexpr int kTokens = kPlainTokens;
+  float values[4][kPlainTokens] = {};
+
+  __device__ __forceinline__ void add(const unsigned char* weight, const unsigned char* x, int) {
+    const Position at;
+    const typename Weight::PlainRows rows(weight);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      float left[4][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rows.four(i, step, left[i]);
+#pragma unroll
+      for (int token = 0; token < kPlainTokens; ++token) {
+        const T* right = Tokens<T>::four(x, token, at.half * kTile + step * 16 + at.in_quad * 4);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float factor = to_float(right[c]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) values[i][token] += left[i][c] * factor;
+        }
+      }
+    }
+  }
+  template <typename Put>
+  __device__ __forceinline__ void finish(int, Put put) const {
+    const Position at;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int token = 0; token < kPlainTokens; ++token) {
+        float sum = values[i][token];  // Of a quarter of the columns.
+        sum += __shfl_xor_sync(kFullWarp, sum, 1);
+        sum += __shfl_xor_sync(kFullWarp, sum, 2);
+        if (at.in_quad == token) put(at.row0 + i * 8 + at.quad, token, sum);
+      }
+    }
+  }
+};
+
+// Block (b, s, t): outputs 64 b .. + 64, the s-th part of the stages, the t-th kTokens tokens.
+template <typename T, typename Weight, int kTiles, int kStages>
+__global__ void __launch_bounds__(kThreads, 3)
+    stream(Weight weight, Tokens<T> x, Output<T> out, int64_t stages, int64_t stages_per_split) {
+  PYPRUNE_SHARED_MEMORY(shared);
+  using Mine = Sums<T, Weight, kTiles>;
+  const int64_t row0 = int64_t{blockIdx.x} * kRows, token0 = int64_t{blockIdx.z} * Mine::kTokens;
+  const int64_t first = blockIdx.y * stages_per_split;
+  const int64_t count = (first + stages_per_split < stages ? first + stages_per_split : stages) - first;
+  const int64_t tokens_left = x.tokens - token0;
+  const int tokens = tokens_left < Mine::kTokens ? static_cast<int>(tokens_left) : Mine::kTokens;
+  const int tiles = (tokens + 7) / 8, token_rows = kTiles == 0 ? kPlainTokens : tiles * 8;
+  const int stage_bytes = Weight::kBytes + token_rows * Tokens<T>::kRowBytes;
+
+  const auto load = [&](int64_t step) {
+    if (step < count) {
+      unsigned char* stage = shared + step % kStages * stage_bytes;
+      const int64_t column0 = (first + step) * kStageColumns;
+      weight.load(stage, row0, column0);
+      x.load(stage + Weight::kBytes, token0, token_rows, column0);
+    }
+    ptx::cp_async_commit();  // Also when empty, so that the wait below can count groups.
+  };
+  Mine sums;
+  for (int step = 0; step < kStages - 1; ++step) load(step);
+  for (int64_t step = 0; step < count; ++step) {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();  // This stage has arrived for all; all are done with the one that is loaded next.
+    load(step + kStages - 1);
+    const unsigned char* stage = shared + step % kStages * stage_bytes;
+    sums.add(stage, stage + Weight::kBytes, tiles);
+  }
+  __syncthreads();  // The last stage is read; its memory takes the sums of both halves, [half][token][row].
+
+  float* tile = reinterpret_cast<float*>(shared);
+  const int half = Position().half;
+  sums.finish(tiles, [&](int row, int token, float sum) { tile[(half * Mine::kTokens + token) * kRows + row] = sum; });
+  __syncthreads();
+  for (int i = threadIdx.x; i < tokens * kRows; i += kThreads) {
+    const int64_t output = row0 + i % kRows, at = (token0 + i / kRows) * out.outputs + output;
+    if (output >= out.outputs) continue;
+    const float sum = tile[i] + tile[Mine::kTokens * kRows + i];
+    if (out.partial != nullptr) {
+      out.partial[blockIdx.y * out.tokens * out.outputs + at] = sum;
+    } else {
+      out.store(at, output, sum);
+    }
+  }
+}
+
+// y from the sums of all splits. 4 bytes read per split and result, of few enough tokens to come from L2.
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads) finish(Output<T> out, int splits) {
+  const int64_t output = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
+  if (output >= out.outputs) return;
+  for (int64_t token = blockIdx.y; token < out.tokens; token += gridDim.y) {
+    const int64_t at = token * out.outputs + output;
+    float sum = 0.0f;
+    for (int split = 0; split < splits; ++split) sum += out.partial[split * out.tokens * out.outputs + at];
+    out.store(at, output, sum);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Host side
+
+template <typename T, typename Weight>
+struct Problem {
+  Weight weight;
+  Tokens<T> x;
+  Output<T> out;
+  SparsePlan plan;
+  cudaStream_t queue;
+
+  template <int kTiles, int kStages>
+  cudaError_t run() {
+    constexpr int kTokens = Sums<T, Weight, kTiles>::kTokens;
+    const int64_t stages = x.inputs > 0 ? ceil_divide(x.inputs, kStageColumns) : 1;
+    const int64_t per_split = ceil_divide(stages, plan.splits), splits = ceil_divide(stages, per_split);
+    if (splits == 1) out.partial = nullptr;
+    const int64_t rows = kTiles == 0 || x.tokens > kTokens ? kTokens : ceil_divide(x.tokens, 8) * 8;
+    const int64_t bytes = kStages * (Weight::kBytes + rows * Tokens<T>::kRowBytes);
+    const dim3 grid(blocks(ceil_divide(out.outputs, kRows)), blocks(splits), blocks(ceil_divide(x.tokens, kTokens)));
+    const cudaError_t error = launch(stream<T, Weight, kTiles, kStages>, grid, kThreads, static_cast<size_t>(bytes),
+                                     queue, weight, x, out, stages, per_split);
+    if (error != cudaSuccess || splits == 1) return error;
+    const dim3 few(blocks(ceil_divide(out.outputs, kFinishThreads)), blocks(x.tokens < 65535 ? x.tokens : 65535));
+    return launch(pyprune::finish<T>, few, kFinishThreads, 0, queue, out, static_cast<int>(splits));
+  }
+};
+
+// Stages in flight: as many as hide the latency of memory with three to five blocks per SM (48 KB to 75 KB a block).
+template <template <typename> class Weight, typename T>
+int run(Problem<T, Weight<T>> p) {
+  constexpr bool kNm = std::is_same_v<Weight<T>, Nm<T>>;
+  if (p.plan.splits < 1 || (p.plan.splits > 1 && p.out.partial == nullptr)) return cudaErrorInvalidValue;
+  if (!p.plan.tensor_cores) return p.template run<0, kNm ? 4 : 2>();
+  if constexpr (std::is_same_v<T, float>) {
+    return cudaErrorInvalidValue;
+  } else {
+    return p.x.tokens <= 16 ? p.template run<2, kNm ? 4 : 2>() : p.template run<8, kNm ? 3 : 2>();
+  }
+}
+
+bool valid(const SparseShape& s) { return s.tokens >= 0 && s.inputs >= 0 && s.outputs >= 0; }
+
+template <typename T>
+Tokens<T> tokens(const SparseShape& s, const void* x) {
+  return {static_cast<const T*>(x), s.tokens, s.inputs, s.inputs % kVector<T> == 0 && aligned(x, 16)};
+}
+
+template <typename T>
+Output<T> output(const SparseShape& s, const void* bias, void* y, float* partial) {
+  return {s.tokens, s.outputs, static_cast<const T*>(bias), static_cast<T*>(y), partial};
+}
+
+}  // namespace
+
+int nm_linear(SparseShape s, SparsePlan plan, int dtype, const void* x, const void* values, const uint8_t* metadata,
+              const void* bias, void* y, float* partial, void* stream) {
+  if (!valid(s) || s.inputs % 4 != 0) return cudaErrorInvalidValue;
+  return with_float(dtype, [&](auto zero) -> int {
+    using T = decltype(zero);
+    const bool whole = s.inputs % kTile == 0 && aligned(values, 16) && aligned(metadata, 8);
+    const Nm<T> weight{static_cast<const T*>(values), metadata, s.outputs, s.inputs, whole};
+    return run<Nm, T>(
+        {weight, tokens<T>(s, x), output<T>(s, bias, y, partial), plan, static_cast<cudaStream_t>(stream)});
+  });
+}
+
+int bitmap_linear(SparseShape s, SparsePlan plan, int dtype, const void* x, const void* values, const uint8_t* bitmap,
+                  const int64_t* offsets, const void* bias, void* y, float* partial, void* stream) {
+  if (!valid(s) || !aligned(values, 16) || !aligned(bitmap, 16)) return cudaErrorInvalidValue;
+  return with_float(dtype, [&](auto zero) -> int {
+    using T = decltype(zero);
+    const Bitmap<T> weight{static_cast<const T*>(values), bitmap, offsets, ceil_divide(s.inputs, kTile)};
+    return run<Bitmap, T>(
+        {weight, tokens<T>(s, x), output<T>(s, bias, y, partial), plan, static_cast<cudaStream_t>(stream)});
+  });
+}
+
+}  // namespace pyprune
