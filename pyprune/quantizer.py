@@ -82,7 +82,9 @@ class SparseQuantizer(HfQuantizer):
         self.quantization_config.layers = SparseConfig.of(model).layers
         return None, {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # a config's, once it was written
+            dtype = getattr(torch, dtype)
         for name, linear in packed_linears(model).items():
             model.set_submodule(name, stock_linear(linear, dtype))
         return model

@@ -506,14 +506,14 @@ def _is_disk_full(error: BaseException) -> bool:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters, shared ones counted once.
+    """Numbers of parameters, shared ones counted once; of packed weights the values alone, not where they stand.
 
     Returns:
         `total`, and `blocks`: all but the embedding and the head.
     """
     decoder = describe(model)
     outside = {id(weight_of(decoder.embedding)), id(weight_of(decoder.head))}
-    parameters = list(decoder.model.parameters())
+    parameters = [p for p in decoder.model.parameters() if p.is_floating_point()]
     return {
         "total": sum(p.numel() for p in parameters),
         "blocks": sum(p.numel() for p in parameters if id(p) not in outside),

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = experiment.configuration(args, recipe, method, baselines)
     log_to_stderr()
     with runs.open_run(args.out, config, args.resume) as run:
-        dense = run.folder / "dense"
+        dense = run.folder / "original"
         run.stage(
             "model",
             lambda: {"folder": str(dense if dense.exists() else data.demo_model(dense)), "model": data.DEMO_MODEL},

@@ -25,6 +25,7 @@ from pyprune.masked import MaskedLinear, MaskRule
 from pyprune.methods import option
 from pyprune.models import open_model
 from pyprune.optim import MaskedAdamW
+from pyprune.packing import sparsify
 from pyprune.reference.bits import count_flips, pack_bits, unpack_bits
 from pyprune.schedules import Schedule
 from pyprune.training import STATE
@@ -93,6 +94,8 @@ class AST:
         self.rule = MaskRule.parse(self.pattern, self.transposable)
         self._tuning: _Tuning | None = None
 
+    sparse = True  # the result is worth packing
+
     def check(self, model: nn.Module) -> None:
         """Raises ValueError when the pattern or SLoRB's blocks do not divide a weight; `model` may be on the meta
         device."""
@@ -101,6 +104,8 @@ class AST:
             self.rule.check(name, outputs, inputs)
             if self.slorb is not None and (self.slorb < 1 or inputs % self.slorb):
                 raise ValueError(f"slorb is {self.slorb}; expected a divisor of the {inputs} inputs of {name}")
+            if self.slorb is not None and linear.transposed:
+                raise ValueError(f"slorb: {name} is a Conv1D, beside which it is not supported; leave it out")
 
     def prepare(
         self, model: nn.Module, calibration: Sequence[Tensor] | None = None, resume: Path | None = None
@@ -134,7 +139,9 @@ class AST:
         return MaskedAdamW, {"masked": self._prepared("optimizer").masked(), **options}
 
     def finalize(self, model: nn.Module) -> nn.Module:
-        """The model with its own linears again, masked weights zero.
+        """The model with its own linears again, masked weights zero. With SLoRB, which a stock linear cannot hold, the
+        linears are packed instead (`SparseLinear`); that model too is saved and loaded by transformers after
+        `import pyprune`.
 
         Raises:
             RuntimeError: training ended before a gradual mask was final.
@@ -284,7 +291,7 @@ class _Tuning:
 
     @torch.no_grad()
     def finish(self, model: Any) -> None:
-        """Puts the model's own linears back, their masked weights zero."""
+        """Puts the model's own linears back, their masked weights zero, or packed ones beside SLoRB's part."""
         for name, layer in self.layers.items():
             if not self.rule.fits(layer.mask, layer.in_features):
                 raise RuntimeError(
@@ -293,6 +300,9 @@ class _Tuning:
                 )
         if self.distillation:
             self.distillation.remove()
+        if self.options.slorb is not None:
+            sparsify(model, measure=False)
+            return
         for name, layer in self.layers.items():
             linear = self.stock[name]
             linear.module.weight = nn.Parameter(linear.stored(layer.masked_weight()).contiguous())

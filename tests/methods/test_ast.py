@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pyprune import AST
+from pyprune import AST, LoRA, checkpoint
 from pyprune.data import TokenWindows
 from pyprune.masked import MaskedLinear, MaskRule
 from pyprune.optim import MaskedAdamW
@@ -437,3 +437,38 @@ def test_masks_of_one_bit() -> None:
     scores = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 3.0, 2.0, 1.0]])  # ties keep the lower index
     bits, flips = rule.mask(scores, pack_bits(torch.tensor([[True, False, True, False] * 2])))
     assert bits.tolist() == [[0b01100011]] and int(flips) == 4
+
+
+# ---- what is written
+
+
+def test_slorb_is_packed_beside_its_linear_and_comes_back(tmp_path: Path) -> None:
+    method, model = ast(slorb=8), llama()
+    model = method.prepare(model)
+    train(method, model, tmp_path)
+    trained = logits(model)
+    final = method.finalize(model)
+    packed = final.model.layers[0].mlp.up_proj
+    assert packed.pattern == (2, 4) and packed.slorb is not None and not masked_layers(final)
+    torch.testing.assert_close(logits(final), trained, rtol=1e-5, atol=1e-5)  # the same products, summed otherwise
+    checkpoint.save(final, None, tmp_path / "packed")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(again), logits(final))
+    checkpoint.save_dense(final, None, tmp_path / "dense")
+    dense = LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+    assert type(dense.model.layers[0].mlp.up_proj) is nn.Linear
+    torch.testing.assert_close(logits(dense), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_is_trained_on_a_packed_result(tmp_path: Path) -> None:
+    method = ast()
+    model = method.prepare(llama())
+    train(method, model, tmp_path / "ast")
+    checkpoint.save(method.finalize(model), None, tmp_path / "packed")
+    lora = LoRA(lora_rank=2, lora_dropout=0.0)
+    adapted = lora.prepare(LlamaForCausalLM.from_pretrained(tmp_path / "packed"))
+    before = logits(adapted)
+    tune(adapted, windows(), tmp_path / "lora", steps=4, batch_size=4, learning_rate=1e-1, save_every=4)
+    assert not torch.allclose(logits(adapted), before, atol=0.01)
+    packed = adapted.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    assert packed.pattern == (2, 4) and not packed.values.requires_grad
