@@ -11,15 +11,21 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Modules load on first use, so that `import pyprune` stays quick.
 _EXPORTS = {
+    "ADMM": "methods.admm",
+    "ALPS": "methods.admm",
     "AST": "methods.ast",
     "HSM": "modules",
     "LLMPruner": "methods.llm_pruner",
     "LoRA": "methods.lora",
     "LoRAPrune": "methods.loraprune",
+    "Magnitude": "methods.magnitude",
     "PAT": "methods.pat",
     "PruneThenTune": "methods.prune_then_tune",
     "SparseLinear": "modules",
     "SliceGPT": "methods.slicegpt",
+    "SparseGPT": "methods.sparsegpt",
+    "Wanda": "methods.wanda",
+    "prune": "blockwise",
     "sparsify": "packing",
 }
 _MODULES = ("info", "modules", "ops", "reference")

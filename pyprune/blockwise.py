@@ -287,7 +287,10 @@ def prune(
         ValueError: options that do not fit the model, or a folder of another run.
     """
     trunk = describe_blocks(model)
-    pattern = _check(trunk, method, calibration)
+    pattern = _fit(trunk, method)
+    _check_weights(trunk)
+    if reads_text(method):
+        _check_calibration(trunk, calibration)
     finished = _Finished(folder, _key(trunk, method, calibration, then))
     records = []
     with _frozen(model), _scratch(keep, folder) as scratch:
@@ -444,27 +447,39 @@ def _scratch(keep: Keep, folder: str | Path | None) -> Iterator[Path | None]:
 # ------------------------------------------------------------------------------------------------ checks and allocation
 
 
-def _check(trunk: Trunk, method: BlockMethod, calibration: Sequence[Tensor]) -> patterns.Pattern:
-    """The method's pattern. Raises ValueError for what does not fit, before anything is computed."""
+def check(model: nn.Module, method: BlockMethod) -> None:
+    """Raises ValueError for a model that the method cannot prune; its weights may be on the meta device."""
+    _fit(describe_blocks(model), method)
+
+
+def reads_text(method: BlockMethod) -> bool:
+    """Whether `prune` needs calibration text with this method."""
+    return method.calibrated or method.allocation == "owl"
+
+
+def _fit(trunk: Trunk, method: BlockMethod) -> patterns.Pattern:
+    """The method's pattern, if that and the sparsity fit all linears."""
     pattern = patterns.parse(method.pattern)
     check_sparsity(method.sparsity, pattern, method.allocation)
     for block in trunk.blocks:
         for linear in linears_of(block):
-            _check_weight(f"{block.name}.{linear.name}", linear.module.get_parameter("weight"))
             pattern.check(f"{block.name}.{linear.name}", *linear.matrix.shape)
-    if method.calibrated or method.allocation == "owl":
-        _check_calibration(trunk, calibration)
     return pattern
 
 
-def _check_weight(name: str, weight: Tensor) -> None:
-    if weight.is_meta:
-        raise ValueError(
-            f"model: the weight of {name} is not in memory; load the model without offloading, the engine itself moves "
-            "one block at a time to the device"
-        )
-    if not weight.is_floating_point():
-        raise ValueError(f"model: the weight of {name} is {weight.dtype}; load the model unquantised")
+def _check_weights(trunk: Trunk) -> None:
+    for name, weight in (
+        (f"{block.name}.{linear.name}", linear.module.get_parameter("weight"))
+        for block in trunk.blocks
+        for linear in linears_of(block)
+    ):
+        if weight.is_meta:
+            raise ValueError(
+                f"model: the weight of {name} is not in memory; load the model without offloading, the engine itself "
+                "moves one block at a time to the device"
+            )
+        if not weight.is_floating_point():
+            raise ValueError(f"model: the weight of {name} is {weight.dtype}; load the model unquantised")
 
 
 def _check_calibration(trunk: Trunk, calibration: Sequence[Tensor]) -> None:

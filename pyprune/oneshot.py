@@ -5,15 +5,22 @@ What `pyprune prune`, `pyprune compare` and the benchmarks share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from pyprune import checkpoint, evaluation
+from pyprune.blockwise import Step, check, prune, reads_text
+from pyprune.calibration import Keep
 from pyprune.data import DataError, Document, encode
 from pyprune.methods import option
+from pyprune.models import open_model, open_skeleton, open_tokenizer
+from pyprune.runs import Run, environment, write_json
 
 
 @dataclass
@@ -51,3 +58,98 @@ def calibration_batches(documents: Iterable[Document], tokenizer: Any, recipe: R
         )
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))[:wanted]
     return windows.ids[chosen].split(recipe.batch_size)
+
+
+class Pruning:
+    """A one-shot method on one dense model. Building one reads and checks everything that is cheap to check and writes
+    nothing; calling it works through the stages of a run and leaves `dense/`, a stock checkpoint with zeros in place,
+    and `packed/`, the same packed."""
+
+    def __init__(
+        self,
+        dense: str | Path,
+        method: Any,
+        calibration: Sequence[Document],
+        held_out: Sequence[Document],
+        recipe: Recipe,
+        *,
+        then: Sequence[Step] = (),
+        trust_remote_code: bool = False,
+        progress: bool = False,
+    ) -> None:
+        """`method`: a `blockwise.BlockMethod`. `held_out`: may be empty; then no perplexity is measured."""
+        self.dense, self.method, self.recipe, self.then = dense, method, recipe, then
+        self.trust_remote_code, self.progress = trust_remote_code, progress
+        check(open_skeleton(dense, trust_remote_code), method)
+        self.tokenizer = open_tokenizer(dense, trust_remote_code)
+        self.calibration = calibration_batches(calibration, self.tokenizer, recipe) if reads_text(method) else ()
+        self.held_out = encode(held_out, self.tokenizer) if held_out else None
+        if self.held_out is not None and len(self.held_out) < recipe.eval_window:
+            raise DataError(
+                f"the held-out text has {len(self.held_out)} tokens, fewer than one eval_window of "
+                f"{recipe.eval_window}; give more of it or a smaller eval_window"
+            )
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """Does what is not done yet, writes summary.json and returns it."""
+        before = run.stage("dense", lambda: self._measure(self.dense)) if self.held_out is not None else {}
+        pruned = run.stage("prune", lambda: self._prune(run))
+        shutil.rmtree(run.folder / "blocks", ignore_errors=True)
+        after = run.stage("reload", lambda: self._measure(run.folder / "dense")) if self.held_out is not None else {}
+        summary = {
+            "method": repr(self.method),
+            "dense_model": str(self.dense),
+            **{key: pruned[key] for key in ("sparsity", "zeros", "size", "bytes_dense", "bytes_packed", "seconds")},
+            "ppl_dense": before["perplexity"]["value"] if before else None,
+            "ppl_pruned": after["perplexity"]["value"] if after else None,
+            "evaluation": {key: after["perplexity"][key] for key in ("tokens", "window", "stride")} if after else None,
+            "calibration": {
+                "windows": sum(len(ids) for ids in self.calibration),
+                "window": self.recipe.calibration_window,
+                "tokens": sum(ids.numel() for ids in self.calibration),
+            },
+            "blocks": pruned["blocks"],
+            "dtype": pruned["dtype"],
+            "seed": self.recipe.seed,
+            **environment(),
+        }
+        write_json(run.folder / "summary.json", summary)
+        return summary
+
+    def _prune(self, run: Run) -> dict[str, Any]:
+        model = open_model(self.dense, self.recipe.dtype, self.trust_remote_code)
+        pruned = prune(
+            model,
+            self.method,
+            self.calibration,
+            then=self.then,
+            folder=run.folder,
+            keep=cast(Keep, self.recipe.keep),
+            progress=self.progress,
+        )
+        folders = run.folder / "dense", run.folder / "packed"
+        for folder, save in zip(folders, (checkpoint.save_dense, checkpoint.save), strict=True):
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed behind it
+            save(model, self.tokenizer, folder)
+        return {
+            "sparsity": pruned.sparsity,
+            "zeros": pruned.zeros,
+            "size": pruned.size,
+            "bytes_dense": weight_bytes(folders[0]),
+            "bytes_packed": weight_bytes(folders[1]),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "blocks": [asdict(block) for block in pruned.blocks],
+        }
+
+    def _measure(self, path: str | Path) -> dict[str, Any]:
+        assert self.held_out is not None
+        text, window = self.held_out, self.recipe.eval_window
+        ids, labels = (x[: self.recipe.eval_tokens] for x in (text.ids, text.labels))
+        model = open_model(path, self.recipe.dtype, self.trust_remote_code)
+        found = evaluation.perplexity(model, ids, window, labels=labels, bos=text.bos, progress=self.progress)
+        return {"perplexity": asdict(found)}
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's safetensors."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
