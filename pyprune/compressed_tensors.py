@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyprune.formats import CheckpointError, Entry, read_headers
 from pyprune.reference.bits import unpack_bits
@@ -19,31 +19,27 @@ FORMATS = ("sparse-24-bitmask", "sparse-bitmask")
 
 
 def is_bitmask(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder is a checkpoint that `load` reads."""
-    return _bitmask_format(_config(Path(folder))) in FORMATS
+    """Whether a folder is a checkpoint that `read` reads."""
+    return _format(_config(Path(folder))) in FORMATS
 
 
-def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> nn.Module:
-    """A dense model with zeros from a compressed-tensors checkpoint in the format sparse-24-bitmask or sparse-bitmask.
+def read(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The dense weights, zeros and all, of a checkpoint in the format sparse-24-bitmask or sparse-bitmask.
 
-    Such a file has NAME.compressed (the values row by row), NAME.bitmask (one bit a weight) and NAME.shape. `sparsify`
-    packs the result.
+    Such a file has NAME.compressed (the values row by row), NAME.bitmask (one bit a weight) and NAME.shape.
 
     Raises:
         CheckpointError: another or a quantised format, damaged files, tensors that do not agree.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     folder = Path(folder)
     fields = _config(folder)
-    if (found := _bitmask_format(fields)) not in FORMATS:
-        raise CheckpointError(f"{folder}/config.json: sparsity format {found!r}, expected {' or '.join(FORMATS)}")
+    if (found := _format(fields)) not in FORMATS:
+        raise CheckpointError(
+            f"{folder}/config.json: its sparsity format is {found!r}, expected {' or '.join(FORMATS)}"
+        )
     if fields["quantization_config"].get("config_groups"):
         raise CheckpointError(f"{folder}/config.json: its weights are quantised too; only plain sparse ones are read")
-    config = AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    state = dict(_dense_tensors(read_headers(sorted(folder.glob("*.safetensors")))))
-    return AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)  # type: ignore[arg-type]
+    return dict(_dense_tensors(read_headers(sorted(folder.glob("*.safetensors")))))
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
@@ -57,7 +53,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def _bitmask_format(config: Mapping[str, Any]) -> str | None:
+def _format(config: Mapping[str, Any]) -> str | None:
     quantization = config.get("quantization_config")
     sparsity = quantization.get("sparsity_config") if isinstance(quantization, dict) else None
     return sparsity.get("format") if isinstance(sparsity, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def open_skeleton(path: str | Path, trust_remote_code: bool = False) -> nn.Modul
 
 def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = False) -> nn.Module:
     """The model of a checkpoint, on the GPU if there is one. dtype: "auto" (that of the checkpoint) or torch's name."""
+    from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_model(path)
@@ -87,9 +89,12 @@ def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if compressed_tensors.is_bitmask(path):
-            model = compressed_tensors.load(path, kind)
+            del config.quantization_config
+            model = _fill(config, kind, compressed_tensors.read(path))
         elif hasattr(config, "block_widths"):
-            model = _open_uneven(path, config, kind)
+            folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
+            files = sorted(folder.glob("*.safetensors"))
+            model = _fill(config, kind, {name: t for file in files for name, t in load_file(file).items()})
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
@@ -99,23 +104,20 @@ def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = 
     return nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _open_uneven(path: str | Path, config: Any, dtype: torch.dtype | str) -> nn.Module:
-    """A model whose blocks differ in heads and channels, which stock code cannot build: cut to the config's widths
-    before there is any memory behind it, then filled."""
+def _fill(config: Any, dtype: torch.dtype | str, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A model with these weights. Where blocks differ in heads and channels, which stock code cannot build, it is cut
+    to the config's widths before there is any memory behind it."""
     from accelerate import init_empty_weights
-    from huggingface_hub import snapshot_download
     from transformers import AutoModelForCausalLM
 
-    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
     removal.as_config(model)
-    state = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
     kind = next(model.parameters()).dtype
     try:
         model.load_state_dict({name: t.to(kind) for name, t in state.items()}, strict=False, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"its weights are not of the config's block_widths: {error}") from error
+        raise ValueError(f"its weights are not of the config's shapes: {error}") from error
     model.tie_weights()
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
