@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kMaskThreads)
 // last phase reads the histograms once: 1 shared load for 40 weights of a row of 4096.
 template <typename T>
 __global__ void __launch_bounds__(kMaxRowsPerBlock* kWarp)
-    rank_bucket_grad_kernel(int64_t rows, int64_t columns, BucketOfRank bucket_of, const T* grad, const T* weight,
+    rank_bucket_grad_kernel(int64_t rows, int columns, BucketOfRank bucket_of, const T* grad, const T* weight,
                             const uint16_t* rank, float* out, bool aligned) {
   PYPRUNE_SHARED_MEMORY(shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -105,29 +105,33 @@ __global__ void __launch_bounds__(kMaxRowsPerBlock* kWarp)
   float* sums = reinterpret_cast<float*>(shared) + warp * (steps + 1) * kWarp;
   for (int d = 0; d <= steps; ++d) sums[d * kWarp + lane] = 0.0f;
 
-  const int64_t stride = kWarp * kPiece;
-  T g[kPiece], w[kPiece], next_g[kPiece], next_w[kPiece];
-  uint16_t r[kPiece], next_r[kPiece];
-  const auto fetch = [&](int64_t column) {
+  T g[kPiece] = {}, w[kPiece] = {};
+  uint16_t r[kPiece] = {};
+  grad += row * columns;
+  weight += row * columns;
+  rank += row * columns;
+  const auto fetch = [&](int column) {
     if (column >= columns) return;
-    const int64_t start = row * columns + column;
     const int valid = valid_in(column, columns);
-    load(next_g, grad + start, valid, aligned);
-    load(next_w, weight + start, valid, aligned);
-    load(next_r, rank + start, valid, aligned);
+    load(g, grad + column, valid, aligned);
+    load(w, weight + column, valid, aligned);
+    load(r, rank + column, valid, aligned);
   };
   fetch(lane * kPiece);
-  for (int64_t column = lane * kPiece; column < columns; column += stride) {
+  for (int column = lane * kPiece; column < columns; column += kWarp * kPiece) {
+    float product[kPiece];
+    int bucket[kPiece];
 #pragma unroll
-    for (int i = 0; i < kPiece; ++i) g[i] = next_g[i], w[i] = next_w[i], r[i] = next_r[i];
-    fetch(column + stride);
+    for (int i = 0; i < kPiece; ++i) {
+      const uint64_t n = bucket_of.steps * r[i] + bucket_of.offset;
+      bucket[i] = static_cast<int>(n * bucket_of.multiplier >> bucket_of.shift);
+      product[i] = to_float(g[i]) * to_float(w[i]);
+    }
+    fetch(column + kWarp * kPiece);
     const int valid = valid_in(column, columns);
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) {
-      if (i >= valid) continue;
-      const uint64_t n = bucket_of.steps * r[i] + bucket_of.offset;
-      const int bucket = static_cast<int>(n * bucket_of.multiplier >> bucket_of.shift);
-      sums[bucket * kWarp + lane] += to_float(g[i]) * to_float(w[i]);
+      if (i < valid) sums[bucket[i] * kWarp + lane] += product[i];
     }
   }
   __syncwarp();
@@ -172,8 +176,8 @@ cudaError_t bucket_grad(int64_t rows, int64_t columns, int steps, const void* gr
   const int rows_per_block = fitting < kMaxRowsPerBlock ? fitting : kMaxRowsPerBlock;
   const dim3 grid(static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block));
   return launch(rank_bucket_grad_kernel<T>, grid, rows_per_block * kWarp, rows_per_block * row_bytes, stream, rows,
-                columns, bucket_of_rank(columns, steps), static_cast<const T*>(grad), static_cast<const T*>(weight),
-                rank, out, all_aligned(columns, grad, weight, rank));
+                static_cast<int>(columns), bucket_of_rank(columns, steps), static_cast<const T*>(grad),
+                static_cast<const T*>(weight), rank, out, all_aligned(columns, grad, weight, rank));
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ from pyprune._ops.nm import check_nm, nm_compress, nm_decompress, nm_prune
 from pyprune._ops.nm_adamw import masked_weight, nm_adamw_
 from pyprune._ops.rank import rank_allocate, rank_bucket_grad, rank_mask
 from pyprune._ops.sparse_gemm import bitmap_linear, gathered_linear, masked_linear, nm_linear
+from pyprune._ops.sparsegpt import sparsegpt_solve
 from pyprune._ops.transposable import transposable_prune
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "rank_allocate",
     "rank_bucket_grad",
     "rank_mask",
+    "sparsegpt_solve",
     "transposable_prune",
     "using",
 ]

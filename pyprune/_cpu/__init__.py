@@ -1,11 +1,15 @@
 """The ops on the C++ CPU kernels of `pyprune._C.cpu`, one file a family. Each class below has its family's ops."""
 
+from pyprune._cpu.bitmap import Bitmap
 from pyprune._cpu.hsm import Hsm
+from pyprune._cpu.nm import Nm
 from pyprune._cpu.nm_adamw import NmAdamw
 from pyprune._cpu.rank import Rank
+from pyprune._cpu.sparse_gemm import SparseGemm
+from pyprune._cpu.sparsegpt import SparseGpt
 
 
-class CpuKernels(Hsm, NmAdamw, Rank):
+class CpuKernels(Bitmap, Hsm, Nm, NmAdamw, Rank, SparseGemm, SparseGpt):
     """See `pyprune.ops.Implementation`."""
 
     name = "cpu"

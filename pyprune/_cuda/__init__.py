@@ -2,13 +2,14 @@
 
 from pyprune._cuda.common import runs_on
 from pyprune._cuda.hsm import Hsm
-from pyprune._cuda.nm_adamw import NmAdamw
 from pyprune._cuda.rank import Rank
+from pyprune._cuda.sparse_gemm import SparseGemm
+from pyprune._cuda.sparsegpt import SparseGpt
 
 __all__ = ["CudaKernels", "runs_on"]
 
 
-class CudaKernels(Hsm, NmAdamw, Rank):
+class CudaKernels(Hsm, Rank, SparseGemm, SparseGpt):
     """See `pyprune.ops.Implementation`."""
 
     name = "cuda"

@@ -10,8 +10,8 @@ from torch import Tensor
 from pyprune.blockwise import Block, PruningError
 from pyprune.methods import option
 from pyprune.methods.oneshot import OneShot
+from pyprune.ops import sparsegpt_solve
 from pyprune.reference.bits import unpack_bits
-from pyprune.reference.sparsegpt import sparsegpt_solve
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pyprune.reference.nm import nm_compress, nm_decompress, nm_prune
 from pyprune.reference.nm_adamw import masked_weight, nm_adamw_
 from pyprune.reference.rank import rank_bucket_grad, rank_mask
 from pyprune.reference.sparse_gemm import bitmap_linear, gathered_linear, masked_linear, nm_linear
+from pyprune.reference.sparsegpt import sparsegpt_solve
 from pyprune.reference.transposable import transposable_prune
 
 name = "reference"
@@ -37,5 +38,6 @@ __all__ = [
     "nm_prune",
     "rank_bucket_grad",
     "rank_mask",
+    "sparsegpt_solve",
     "transposable_prune",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,61 +13,75 @@ from pyprune.reference.nm import nm_prune
 from pyprune.reference.selection import keep_highest
 
 
+@dataclass
+class Problem:
+    """A solve on its way through the columns.
+
+    Attributes:
+        work: [out, in], solved so far, in place. upper: U [in, in]. keep: bool [out, in], True where a weight stays.
+        n, m: an N:M pattern, which a slab's solver chooses as it goes, or n = 0: `keep` is given.
+        scale, zero, levels: of the rounding, or None.
+    """
+
+    work: Tensor
+    upper: Tensor
+    keep: Tensor
+    n: int
+    m: int
+    scale: Tensor | None
+    zero: Tensor | None
+    levels: int
+
+    @classmethod
+    def start(
+        cls, weight: Tensor, upper: Tensor, scale: Tensor | None, zero: Tensor | None, n: int, m: int, levels: int
+    ) -> Problem:
+        """Nothing solved yet."""
+        return cls(weight.clone(), upper, torch.ones_like(weight, dtype=torch.bool), n, m, scale, zero, levels)
+
+
+SlabSolver = Callable[[Problem, int, int], Tensor]
+"""Solves columns [begin, end) of a problem in place, looking at no other; returns the errors e [out, end - begin]."""
+
+
 def sparsegpt_solve(
     weight: Tensor,
     hinv_upper: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
     drop: int,
-    n: int = 0,
-    m: int = 0,
-    per_row: bool = False,
-    block: int = 128,
-    scale: Tensor | None = None,
-    zero: Tensor | None = None,
-    levels: int = 0,
+    n: int,
+    m: int,
+    per_row: bool,
+    block: int,
+    levels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Drops weights column by column and lets the columns behind make up for them.
+    """See `pyprune.ops.sparsegpt_solve`."""
+    problem = Problem.start(weight, hinv_upper, scale, zero, n, m, levels)
+    return solve_in_slabs(problem, drop, per_row, block, block, _solve_slab)
 
-    With U the upper Cholesky factor of the inverse Hessian, in slabs of `block` columns:
-        keep = mask of scores w^2 / U_jj^2;   q = keep * w;   e = (w - q) / U_jj;   w_k -= e U_jk for k >= j
 
-    Args:
-        weight: [out, in], fp32 (or fp64).
-        hinv_upper: U [in, in], same dtype; what is below the diagonal is not read.
-        drop: weights to drop, exactly. The slab [i1, i2) drops drop * i2 // in - drop * i1 // in of them, its lowest
-            scores when it is reached; among equal ones the first goes (row by row). With `per_row`, a multiple of out:
-            every row drops drop / out weights, counted out over the slabs in the same way. Not read with N:M.
-        n, m: n > 0 keeps n of every m neighbours, chosen when their first column is reached; among equal scores the
-            lower index stays. m divides in and block.
-        scale, zero: [out, groups], dtype of weight: kept weights are rounded to scale * (code - zero), code an integer
-            from 0 to `levels`, with in / groups consecutive columns to a group. None: no rounding.
-
-    Returns:
-        The solved weight [out, in]; the mask as bits uint8 [out, ceil(in / 8)], 1 = kept; and the loss, the sum of
-        e^2 / 2, as a scalar of weight's dtype.
-    """
-    rows, columns = weight.shape
-    work, diagonal = weight.clone(), hinv_upper.diagonal()
-    keep = torch.ones_like(weight, dtype=torch.bool)
-    loss = weight.new_zeros(())
+def solve_in_slabs(
+    problem: Problem, drop: int, per_row: bool, block: int, widest: int, solve_slab: SlabSolver
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What every implementation shares: what goes is chosen slab by slab (of `block` columns), and the errors of up to
+    `widest` columns that `solve_slab` takes at once reach the columns behind them by one matrix product."""
+    work, upper, (rows, columns) = problem.work, problem.upper, problem.work.shape
+    step = min(block, widest)
+    if problem.n:
+        step = step // problem.m * problem.m
+    loss = work.new_zeros((), dtype=torch.float64)
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
-        errors = weight.new_empty(rows, end - begin)
-        if not n:
-            scores = (work[:, begin:end] / diagonal[begin:end]).square()
-            keep[:, begin:end] = _keep_in_slab(scores, drop, begin, end, columns, per_row)
-        for j in range(begin, end):
-            if n and j % m == 0:
-                group = slice(j, j + m)
-                bits, *_ = nm_prune((work[:, group] / diagonal[group]).square(), n, m, None)
-                keep[:, group] = unpack_bits(bits, m)
-            solved = _rounded(work[:, j], j, columns, scale, zero, levels) * keep[:, j]
-            error = (work[:, j] - solved) / diagonal[j]
-            work[:, j + 1 : end] -= error[:, None] * hinv_upper[j, j + 1 : end]
-            work[:, j] = solved
-            errors[:, j - begin] = error
-        loss += errors.square().sum() / 2
-        work[:, end:] -= errors @ hinv_upper[begin:end, end:]
-    return work, pack_bits(keep), loss
+        if not problem.n:
+            scores = (work[:, begin:end] / upper.diagonal()[begin:end]).square()
+            problem.keep[:, begin:end] = _keep_in_slab(scores, drop, begin, end, columns, per_row)
+        for first in range(begin, end, step):
+            last = min(first + step, end)
+            errors = solve_slab(problem, first, last)
+            loss += errors.square().sum() / 2
+            work[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
+    return work, pack_bits(problem.keep), loss.to(work.dtype)
 
 
 def _keep_in_slab(scores: Tensor, drop: int, begin: int, end: int, columns: int, per_row: bool) -> Tensor:
@@ -74,9 +91,26 @@ def _keep_in_slab(scores: Tensor, drop: int, begin: int, end: int, columns: int,
     return keep_highest(scores if per_row else scores.reshape(1, -1), here).view_as(scores)
 
 
-def _rounded(column: Tensor, j: int, columns: int, scale: Tensor | None, zero: Tensor | None, levels: int) -> Tensor:
+def _solve_slab(problem: Problem, begin: int, end: int) -> Tensor:
+    work, keep, upper, n, m = problem.work, problem.keep, problem.upper, problem.n, problem.m
+    diagonal, errors = upper.diagonal(), work.new_empty(len(work), end - begin)
+    for j in range(begin, end):
+        if n and j % m == 0:
+            group = slice(j, j + m)
+            bits, *_ = nm_prune((work[:, group] / diagonal[group]).square(), n, m, None)
+            keep[:, group] = unpack_bits(bits, m)
+        solved = _rounded(problem, j) * keep[:, j]
+        error = (work[:, j] - solved) / diagonal[j]
+        work[:, j + 1 : end] -= error[:, None] * upper[j, j + 1 : end]
+        work[:, j] = solved
+        errors[:, j - begin] = error
+    return errors
+
+
+def _rounded(problem: Problem, j: int) -> Tensor:
+    column, scale, zero = problem.work[:, j], problem.scale, problem.zero
     if scale is None or zero is None:
         return column
-    group = j * scale.shape[1] // columns
+    group = j * scale.shape[1] // problem.work.shape[1]
     code = (column / scale[:, group]).round() + zero[:, group]
-    return scale[:, group] * (code.clamp(0, levels) - zero[:, group])
+    return scale[:, group] * (code.clamp(0, problem.levels) - zero[:, group])

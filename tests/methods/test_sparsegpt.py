@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pyprune.blockwise import PruningError, prune
 from pyprune.methods.sparsegpt import SparseGPT, inverse_factor, prepare, rounding_grid
+from pyprune.ops import sparsegpt_solve
 from pyprune.reference.bits import unpack_bits
-from pyprune.reference.sparsegpt import sparsegpt_solve
 
 
 def solve_by_elimination(

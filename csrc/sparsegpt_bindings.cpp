@@ -1,0 +1,64 @@
+// SparseGPT's solve in Python; sparsegpt.h and sparsegpt_cpu.h are the contracts.
+#include "bindings.h"
+#include "sparsegpt_cpu.h"
+
+namespace pyprune {
+
+#ifdef PYPRUNE_WITH_CPU
+PYPRUNE_CPU_KERNELS(SparseGptCpuKernels, sparsegpt_cpu);
+#endif
+
+namespace {
+
+SparseGptSlab make_slab(int64_t rows, int64_t columns, int64_t begin, int width, int n, int m, Address work,
+                        Address upper, Address keep, int64_t groups, Address scale, Address zero, float levels,
+                        Address errors) {
+  if (width < 1 || width > kMaxSlab) throw py::value_error("width must be 1 to 128");
+  return {rows,
+          columns,
+          begin,
+          width,
+          n,
+          m,
+          pointer<float>(work),
+          pointer<const float>(upper),
+          pointer<uint8_t>(keep),
+          groups,
+          pointer<const float>(scale),
+          pointer<const float>(zero),
+          levels,
+          pointer<float>(errors)};
+}
+
+#ifdef PYPRUNE_WITH_CPU
+
+void bind_cpu(py::module_& m) {
+  m.def("sparsegpt_slab",
+        [](int64_t rows, int64_t columns, int64_t begin, int width, int n, int m, Address work, Address upper,
+           Address keep, int64_t groups, Address scale, Address zero, float levels, Address errors, int threads) {
+          const auto slab =
+              make_slab(rows, columns, begin, width, n, m, work, upper, keep, groups, scale, zero, levels, errors);
+          const py::gil_scoped_release release;
+          kernels().slab(slab, threads);
+        });
+}
+
+#endif  // PYPRUNE_WITH_CPU
+#ifdef PYPRUNE_WITH_CUDA
+
+void bind_cuda(py::module_& m) {
+  m.def("sparsegpt_slab",
+        [](int64_t rows, int64_t columns, int64_t begin, int width, int n, int m, Address work, Address upper,
+           Address keep, int64_t groups, Address scale, Address zero, float levels, Address errors, Address stream) {
+          const auto slab =
+              make_slab(rows, columns, begin, width, n, m, work, upper, keep, groups, scale, zero, levels, errors);
+          check(sparsegpt_slab(slab, pointer(stream)), "sparsegpt_slab");
+        });
+}
+
+#endif  // PYPRUNE_WITH_CUDA
+
+PYPRUNE_REGISTER_FAMILY;
+
+}  // namespace
+}  // namespace pyprune
