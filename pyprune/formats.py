@@ -83,18 +83,36 @@ def _read_header(file: Path) -> dict[str, Entry]:
                 f"{file} is truncated or no safetensors file: it has {size} bytes, its header claims {length}"
             )
         text = stream.read(length)
-    try:
-        header = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: its header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: its header is {type(header).__name__}, expected an object")
-    header.pop("__metadata__", None)
+    header = _parse(file, text)
     entries = {name: _entry(file, name, fields, 8 + length, size) for name, fields in header.items()}
-    end = max((entry.end for entry in entries.values()), default=8 + length)
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            raise CheckpointError(f"{file}: tensor {name} starts at byte {entry.begin}, the one before ends at {end}")
+        end = entry.end
     if end != size:
         raise CheckpointError(f"{file} has {size} bytes, its tensors end at {end}; it was not written completely")
     return entries
+
+
+def _parse(file: Path, text: bytes) -> dict[str, Any]:
+    """A header without its metadata: the fields of every tensor by name."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(fields := dict(pairs)) != len(pairs):
+            raise ValueError("a name is there twice")
+        return fields
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: its header is not JSON: {error}") from error
+    if not isinstance(header, dict) or not text.startswith(b"{"):
+        raise CheckpointError(f"{file}: its header is {type(header).__name__}, expected an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{file}: __metadata__ of its header is {metadata!r}, expected texts by name")
+    return header
 
 
 def _entry(file: Path, name: str, fields: Any, start: int, size: int) -> Entry:
