@@ -5,9 +5,11 @@ What `pyprune prune`, `pyprune compare` and the benchmarks share.
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +24,8 @@ from pyprune.methods import option
 from pyprune.models import open_model, open_skeleton, open_tokenizer
 from pyprune.runs import Run, environment, write_json
 
+log = logging.getLogger("pyprune")
+
 
 @dataclass
 class Recipe:
@@ -35,6 +39,8 @@ class Recipe:
     seed: int = option(0, "seed of everything that is random")
     eval_window: int = option(2048, "tokens in a window that measures perplexity")
     eval_tokens: int | None = option(None, "held-out tokens to measure on (default: all)")
+    prompt_tokens: int = option(128, "tokens of the prompt where speed is measured")
+    new_tokens: int = option(32, "tokens decoded to measure speed")
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -92,20 +98,17 @@ class Pruning:
 
     def __call__(self, run: Run) -> dict[str, Any]:
         """Does what is not done yet, writes summary.json and returns it."""
-        before = run.stage("dense", lambda: self._measure(self.dense)) if self.held_out is not None else {}
-        pruned = run.stage("prune", lambda: self._prune(run))
-        shutil.rmtree(run.folder / "blocks", ignore_errors=True)
-        after = run.stage("reload", lambda: self._measure(run.folder / "dense")) if self.held_out is not None else {}
+        before = run.stage("dense", self.measure_dense) if self.held_out is not None else {}
+        pruned, after = self.stages(run)
         summary = {
             "method": repr(self.method),
             "dense_model": str(self.dense),
             **{key: pruned[key] for key in ("sparsity", "zeros", "size", "bytes_dense", "bytes_packed", "seconds")},
             "ppl_dense": before["perplexity"]["value"] if before else None,
             "ppl_pruned": after["perplexity"]["value"] if after else None,
-            "evaluation": {key: after["perplexity"][key] for key in ("tokens", "window", "stride")} if after else None,
+            "evaluation": protocol(after) if after else None,
             "calibration": {
                 "windows": sum(len(ids) for ids in self.calibration),
-                "window": self.recipe.calibration_window,
                 "tokens": sum(ids.numel() for ids in self.calibration),
             },
             "blocks": pruned["blocks"],
@@ -115,6 +118,19 @@ class Pruning:
         }
         write_json(run.folder / "summary.json", summary)
         return summary
+
+    def stages(self, run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The records of pruning, and of the pruned model loaded again (empty without held-out text)."""
+        (run.folder / "stages").mkdir(parents=True, exist_ok=True)
+        pruned = run.stage("prune", lambda: self._prune(run))
+        shutil.rmtree(run.folder / "blocks", ignore_errors=True)
+        if self.held_out is None:
+            return pruned, {}
+        return pruned, run.stage("reload", lambda: self._measure(run.folder / "dense"))
+
+    def measure_dense(self) -> dict[str, Any]:
+        """The record of the dense model."""
+        return self._measure(self.dense)
 
     def _prune(self, run: Run) -> dict[str, Any]:
         model = open_model(self.dense, self.recipe.dtype, self.trust_remote_code)
@@ -153,3 +169,85 @@ class Pruning:
 def weight_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's safetensors."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def protocol(record: dict[str, Any]) -> dict[str, int]:
+    """What a perplexity was measured with."""
+    return {key: record["perplexity"][key] for key in ("tokens", "window", "stride")}
+
+
+class Comparison:
+    """Several methods on one dense model: perplexity, size and speed side by side, in one table and one picture."""
+
+    def __init__(self, prunings: Mapping[str, Pruning]) -> None:
+        self.prunings = dict(prunings)
+        self.first = next(iter(self.prunings.values()))
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """Does what is not done yet, writes summary.json and comparison.png and returns the summary."""
+        dense = run.stage("dense", self.first.measure_dense)
+        rows = []
+        for name, pruning in self.prunings.items():
+            pruned, after = pruning.stages(Run(run.folder / name))
+            speed = run.stage(f"{name}-speed", partial(self._speed, run.folder / name / "packed"))
+            rows.append(
+                {
+                    "method": name,
+                    "options": repr(pruning.method),
+                    "sparsity": pruned["sparsity"],
+                    "perplexity": after["perplexity"]["value"],
+                    "bytes": pruned["bytes_packed"],
+                    "tokens_per_second": speed["tokens_per_second"],
+                    "decode_speedup": speed["decode_speedup"],
+                    "seconds": pruned["seconds"],
+                }
+            )
+        bytes_dense = weight_bytes(run.folder / rows[0]["method"] / "dense")
+        summary = {
+            "dense": {"perplexity": dense["perplexity"]["value"], "bytes": bytes_dense},
+            "methods": rows,
+            "evaluation": protocol(dense),
+            "dense_model": str(self.first.dense),
+            **environment(),
+        }
+        write_json(run.folder / "summary.json", summary)
+        picture(summary, run.folder / "comparison.png")
+        return summary
+
+    def _speed(self, packed: Path) -> dict[str, float]:
+        """Decoding of the packed model, with the dense one in turn."""
+        r, trust = self.first.recipe, self.first.trust_remote_code
+        models = {"dense": open_model(self.first.dense, r.dtype, trust), "packed": open_model(packed, r.dtype, trust)}
+        found = evaluation.latency(models, r.prompt_tokens, r.new_tokens, progress=self.first.progress)
+        return {
+            "tokens_per_second": 1 / found["packed"].decode,
+            "decode_speedup": found["dense"].decode / found["packed"].decode,
+        }
+
+
+def picture(summary: dict[str, Any], path: Path) -> None:
+    """Perplexity over bytes and over decoding speed, a point for each method; left out where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        log.warning("no picture: matplotlib is not installed (pip install pyprune[report])")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    dense = {"method": "dense", "decode_speedup": 1.0, **summary["dense"]}
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
+    for axes, key, unit, label in (
+        (panels[0], "bytes", 1e6, "weights on disk (MB)"),
+        (panels[1], "decode_speedup", 1, "decoding speed, batch 1 (dense = 1, measured in turn)"),
+    ):
+        for row in (dense, *summary["methods"]):
+            point = row[key] / unit, row["perplexity"]
+            axes.plot(*point, marker="o")
+            axes.annotate(row["method"], point, xytext=(5, 5), textcoords="offset points", fontsize=9)
+        axes.set_xlabel(label)
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel(f"perplexity, {summary['evaluation']['tokens']:,} held-out tokens")
+    figure.savefig(path, dpi=160)
+    pyplot.close(figure)
