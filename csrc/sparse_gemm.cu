@@ -543,7 +543,9 @@ struct Problem {
 template <template <typename> class Weight, typename T>
 int run(Problem<T, Weight<T>> p) {
   constexpr bool kNm = std::is_same_v<Weight<T>, Nm<T>>;
-  if (p.plan.splits < 1 || (p.plan.splits > 1 && p.out.partial == nullptr)) return cudaErrorInvalidValue;
+  if (p.plan.splits < 1) return cudaErrorInvalidValue;
+  if (p.x.tokens == 0 || p.out.outputs == 0) return cudaSuccess;
+  if (p.plan.splits > 1 && p.out.partial == nullptr) return cudaErrorInvalidValue;
   if (!p.plan.tensor_cores) return p.template run<0, kNm ? 4 : 2>();
   if constexpr (std::is_same_v<T, float>) {
     return cudaErrorInvalidValue;

@@ -1,0 +1,67 @@
+"""Which kernel multiplies by a packed weight, and into how many parts it cuts the sum: a table for each kind of GPU.
+
+`sparse_gemm.json` holds the tables, by the device's name as torch tells it; `benchmarks/tune_sparse_gemm.py` measures
+one and adds it. A kind that is not there takes "default": what the counts of docs/kernels.md suggest, not a
+measurement. For each op and size of an element a table has rows
+
+    [up to so many tokens, "tensor cores" or "plain", blocks for each multiprocessor]
+
+with tokens rising. Above the last row the weight is expanded and multiplied by torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TABLES = Path(__file__).with_name("sparse_gemm.json")
+ROWS = 64
+"""Outputs of a block (csrc/sparse_gemm.cu)."""
+STAGE = 128
+"""Inputs of a stage, the least that a part has (csrc/sparse_gemm.cu)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """SparsePlan of csrc/sparse_gemm.h."""
+
+    tensor_cores: bool
+    splits: int
+
+
+@cache
+def tables() -> dict[str, Any]:
+    """Device name -> op -> "16-bit" or "32-bit" -> rows."""
+    return json.loads(TABLES.read_text())
+
+
+@cache
+def machine(device: torch.device) -> tuple[str, int]:
+    """The name that has a table, or "default", and the number of multiprocessors."""
+    if device.type != "cuda":  # The tests' emulator, which runs the kernels on tensors of the CPU.
+        return "default", 4
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name if properties.name in tables() else "default", properties.multi_processor_count
+
+
+def plan(op: str, x: Tensor, outputs: int) -> Plan | None:
+    """How to multiply x [tokens, inputs] by a weight of so many outputs, or None for expanding it."""
+    tokens, inputs = x.shape
+    kind, processors = machine(x.device)
+    size = "32-bit" if x.dtype == torch.float32 else "16-bit"
+    for most_tokens, kernel, blocks in tables()[kind][op][size]:
+        if tokens <= most_tokens:
+            return Plan(kernel == "tensor cores", splits(blocks * processors, inputs, outputs))
+    return None
+
+
+def splits(blocks: int, inputs: int, outputs: int) -> int:
+    """Parts of the sum that make at least so many blocks, as far as there are stages."""
+    wanted = -(-blocks // max(1, -(-outputs // ROWS)))
+    return max(1, min(wanted, -(-inputs // STAGE)))

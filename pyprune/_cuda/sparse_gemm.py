@@ -1,0 +1,81 @@
+"""The `sparse_gemm` family: few tokens on the launchers of csrc/sparse_gemm.h, more on the expanded weight by torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from pyprune._cpu.common import DTYPE_CODES, address
+from pyprune._cuda.bitmap import Bitmap, sixteen_bytes
+from pyprune._cuda.nm import Nm
+from pyprune._cuda.nm_adamw import NmAdamw
+from pyprune._cuda.plans import Plan, plan
+
+COPY_TOKENS = 360
+"""Tokens whose product costs as much as copying the weight, on an H100: (4 bytes / 3.35 TB/s) / (2 / 600 TFLOP/s)."""
+
+
+class SparseGemm(Bitmap, Nm, NmAdamw):
+    """The family's ops, and those that they need for many tokens."""
+
+    def nm_linear(self, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+        chosen = plan("nm_linear", x, len(values)) if (n, m) == (2, 4) else None
+        if chosen is None:
+            return linear(x, self.nm_decompress(values, metadata, n, m), bias)
+        return self._multiply("nm_linear", chosen, x, (values, metadata), bias, len(values))
+
+    def bitmap_linear(
+        self,
+        x: Tensor,
+        values: Tensor,
+        bitmap: Tensor,
+        offsets: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        in_features: int,
+    ) -> Tensor:
+        chosen = plan("bitmap_linear", x, out_features)
+        if chosen is None:
+            return linear(x, self.bitmap_unpack(values, bitmap, offsets, out_features, in_features), bias)
+        weight = (sixteen_bytes(values), sixteen_bytes(bitmap), offsets)
+        return self._multiply("bitmap_linear", chosen, x, weight, bias, out_features)
+
+    def masked_linear(self, x: Tensor, weight: Tensor, mask_bits: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, self.masked_weight(weight, mask_bits, weight.dtype), bias)
+
+    def gathered_linear(
+        self, x: Tensor, weight: Tensor, in_index: Tensor | None, out_index: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """Few tokens take the whole weight, which is read once either way: x is spread, y gathered. So a weight that
+        is left out must be finite. For many the kept part is copied, and the product is smaller."""
+        outputs = len(weight) if out_index is None else len(out_index)
+        kept = x.shape[1] * outputs / max(1, weight.numel())
+        if len(x) * (1 - kept) > COPY_TOKENS * kept:
+            rows = weight if out_index is None else weight[out_index]
+            part = rows if in_index is None else rows[:, in_index]
+            return linear(x, part, bias if bias is None or out_index is None else bias[out_index])
+        if in_index is not None:
+            x = x.new_zeros(len(x), weight.shape[1]).index_copy_(1, in_index, x)
+        y = linear(x, weight, bias)
+        return y if out_index is None else y[:, out_index]
+
+    def _multiply(
+        self, function: str, chosen: Plan, x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, outputs: int
+    ) -> Tensor:
+        """Calls a launcher: shape, plan and dtype, addresses, room for the parts of the sum, the stream."""
+        tokens, inputs = x.shape
+        y = x.new_empty(tokens, outputs)
+        parts = chosen.splits if chosen.splits > 1 else 0
+        partial = x.new_empty(parts, tokens, outputs, dtype=torch.float32)
+        addresses = [address(tensor) for tensor in (x, *weight, bias, y, partial)]
+        with torch.cuda.device_of(x):
+            getattr(self.kernels, function)(
+                (tokens, inputs, outputs),
+                chosen.tensor_cores,
+                chosen.splits,
+                DTYPE_CODES[x.dtype],
+                *addresses,
+                self.stream(x.device),
+            )
+        return y
