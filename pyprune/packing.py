@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from pyprune._ops.bitmap import tiles_of
 from pyprune.masked import MaskedLinear
 from pyprune.modules import SparseLinear
 from pyprune.quantizer import attach, packed_linears
+from pyprune.reference.bitmap import ALIGNMENT
 from pyprune.reference.nm import index_bits, is_nonzero
 
 PATTERNS = ((1, 4), (2, 4), (2, 8), (4, 8))
@@ -147,8 +149,8 @@ def sparsify(model: nn.Module, expected_batch: int = 1, *, measure: bool = True)
 
 @dataclass(frozen=True)
 class Packing:
-    """How a weight would be packed in the fewest bytes: `pattern` (n, m) or None for a bitmap, its `bytes` without what
-    padding adds, and how many weights are `kept`."""
+    """How a weight would be packed in the fewest bytes: `pattern` (n, m) or None for a bitmap, its `bytes` (a bitmap's
+    with the padding that is to be expected), and how many weights are `kept`."""
 
     pattern: tuple[int, int] | None
     bytes: int
@@ -176,7 +178,8 @@ def _fits(nonzero: Tensor, n: int, m: int) -> bool:
 def _bytes(weight: Tensor, kept: int, pattern: tuple[int, int] | None) -> int:
     bits = weight.element_size() * 8
     if pattern is None:
-        return (kept * bits + weight.numel()) // 8
+        padding = (8 + (ALIGNMENT - 1) / 2 * weight.element_size()) * tiles_of(*weight.shape)  # and an offset, per tile
+        return (kept * bits + weight.numel()) // 8 + int(padding)
     n, m = pattern
     return weight.numel() // m * n * (bits + index_bits(m)) // 8
 
