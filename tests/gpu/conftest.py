@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyprune import _native
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "simt"))
+from hsm_checks import Launchers  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +19,15 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def launchers(device: torch.device) -> Launchers:
+    """The compiled launchers on device memory, for the checks that the emulator runs too."""
+    if _native.cuda is None:
+        pytest.skip("pyprune was built without CUDA kernels")
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    return Launchers(_native.cuda, lambda t: t.to(device), empty, lambda: torch.cuda.current_stream().cuda_stream)

@@ -6,22 +6,11 @@ import pytest
 import torch
 from hsm_checks import DTYPES, EMPTY_SHAPES, OPS, SHAPES, Launchers, Op, Shape, check, make_inputs
 
-from pyprune import _native, ops, reference
+from pyprune import ops, reference
 
 LARGE = (Shape(2048, 2048, 104, 2048), Shape(2049, 2048, 104, 1536), Shape(40000, 256, 13, 256))
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture
-def launchers(device: torch.device) -> Launchers:
-    if _native.cuda is None:
-        pytest.skip("pyprune was built without CUDA kernels")
-
-    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device=device)
-
-    return Launchers(_native.cuda, lambda t: t.to(device), empty, lambda: torch.cuda.current_stream().cuda_stream)
 
 
 @pytest.mark.sanitizer

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from emulator import HERE, ROOT, Emulator, call_kernel
-from primitives import MMA_ATOL, copies, fragments, matrices
+from primitives import MMA_ATOL, bit_operations, copies, copies_8, fragments, matrices, sparse_fragments
 from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
@@ -60,6 +60,13 @@ def test_cp_async(device_library: ctypes.CDLL, twins: Emulator, generator: torch
     assert torch.equal(device, emulated)
 
 
+def test_cp_async_of_8_bytes(device_library: ctypes.CDLL, twins: Emulator, generator: torch.Generator) -> None:
+    data, size, expected = copies_8(generator)
+    device, emulated = both(device_library, twins, "run_copy_8", (data, size), torch.full_like(data, 255))
+    assert torch.equal(device, expected)
+    assert torch.equal(device, emulated)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix(device_library: ctypes.CDLL, twins: Emulator, generator: torch.Generator, transposed: bool) -> None:
     data, expected = matrices(transposed, generator)
@@ -76,3 +83,29 @@ def test_mma(device_library: ctypes.CDLL, twins: Emulator, generator: torch.Gene
         device, emulated = both(device_library, twins, "run_mma", (a, b, c), poison, dtype == torch.bfloat16)
         torch.testing.assert_close(device.double(), expected, rtol=0, atol=MMA_ATOL)
         torch.testing.assert_close(device, emulated, rtol=0, atol=MMA_ATOL)
+
+
+@pytest.mark.parametrize("selector", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mma_sp(
+    device_library: ctypes.CDLL, twins: Emulator, dtype: torch.dtype, selector: bool, generator: torch.Generator
+) -> None:
+    a, b, metadata, c, expected = sparse_fragments(dtype, selector, generator)
+    options = (dtype == torch.bfloat16, selector)
+    device, emulated = both(
+        device_library, twins, "run_mma_sp", (a, b, metadata, c), torch.full_like(c, torch.nan), *options
+    )
+    torch.testing.assert_close(device.double(), expected, rtol=0, atol=MMA_ATOL)
+    torch.testing.assert_close(device, emulated, rtol=0, atol=MMA_ATOL)
+
+
+def test_bit_operations(device_library: ctypes.CDLL, twins: Emulator, generator: torch.Generator) -> None:
+    *inputs, expected = bit_operations(generator)
+    device, emulated = both(device_library, twins, "run_bits", tuple(inputs), torch.zeros_like(expected))
+    assert torch.equal(device, expected)
+    assert torch.equal(device, emulated)
+
+
+def test_atomics(device_library: ctypes.CDLL, twins: Emulator) -> None:
+    device, emulated = both(device_library, twins, "run_atomics", (torch.arange(7, 39),), torch.tensor([5, -1]))
+    assert device.tolist() == emulated.tolist() == [5 + sum(range(7, 39)), 7]

@@ -1,0 +1,197 @@
+"""Measures which kernel, in how many parts, multiplies fastest by a packed weight on this GPU, and keeps the table.
+
+    python benchmarks/tune_sparse_gemm.py --save
+
+For every op, size of an element and number of tokens, each plan runs on the layers of an 8B Llama at 50 % sparsity; the
+best one has the least product of its times over the layers. Tokens from which expanding the weight is faster end the
+table. Weights are cold: copies of them, together four times the L2 cache, take turns. Beside each row stands its gain
+over torch's dense product (above 1 is faster) and the most that the format allows, dense bytes over packed bytes. With
+--save the table goes to pyprune/_cuda/sparse_gemm.json under the device's name (see pyprune/_cuda/plans.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+from math import exp, log
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from pyprune import ops
+from pyprune._cuda import plans, sparse_gemm
+
+LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+"""[out, in] of an 8B Llama's products: queries, keys and values; attention's output; gate and up; down."""
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BLOCKS = (1, 2, 3, 4, 6, 8)
+DTYPES = {"16-bit": torch.bfloat16, "32-bit": torch.float32}
+
+Choice = tuple[str, int]
+"""A kernel and its blocks for each multiprocessor: what a row of the table has beside its tokens."""
+Measure = Callable[[str, torch.dtype, tuple[int, int], int, "Choice | str"], float]
+"""Seconds of op, dtype, layer, tokens, and a choice, "expand" or "dense"."""
+
+
+def choices(size: str) -> list[Choice]:
+    """The plans to try."""
+    kernels = ("tensor cores", "plain") if size == "16-bit" else ("plain",)
+    return [(kernel, blocks) for kernel in kernels for blocks in BLOCKS]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The best choice for one number of tokens, and its gain over the dense product and over expanding."""
+
+    tokens: int
+    choice: Choice
+    over_dense: float
+    over_expanding: float
+
+
+def mean_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """The geometric mean of their ratios."""
+    ratios = [log(a / b) for a, b in zip(numerators, denominators, strict=True)]
+    return exp(sum(ratios) / len(ratios))
+
+
+def best(measure: Measure, op: str, size: str, tokens: int) -> Row:
+    """The choice with the least product of times over the layers."""
+    dtype = DTYPES[size]
+
+    def over_layers(choice: Choice | str) -> list[float]:
+        return [measure(op, dtype, layer, tokens, choice) for layer in LAYERS]
+
+    times = {choice: over_layers(choice) for choice in choices(size)}
+    winner = min(times, key=lambda choice: sum(map(log, times[choice])))
+    dense, expanding = mean_ratio(over_layers("dense"), times[winner]), mean_ratio(over_layers("expand"), times[winner])
+    return Row(tokens, winner, dense, expanding)
+
+
+def table_rows(rows: list[Row]) -> list[list[Any]]:
+    """The rows of the table: up to where expanding wins, those with the same choice as one."""
+    table: list[list[Any]] = []
+    for row in rows:
+        if row.over_expanding < 1:
+            break
+        if table and tuple(table[-1][1:]) == row.choice:
+            table[-1][0] = row.tokens
+        else:
+            table.append([row.tokens, *row.choice])
+    return table
+
+
+def tune(measure: Measure, report: Callable[[str], object] = print) -> dict[str, dict[str, list[list[Any]]]]:
+    """The device's table."""
+    table: dict[str, dict[str, list[list[Any]]]] = {}
+    for op in ("nm_linear", "bitmap_linear"):
+        table[op] = {}
+        for size in DTYPES:
+            rows = [best(measure, op, size, tokens) for tokens in TOKENS]
+            for row in rows:
+                kernel, blocks = row.choice
+                report(
+                    f"{op:14} {size} {row.tokens:4} tokens: {kernel}, {blocks} blocks; "
+                    f"{row.over_dense:.2f}x dense, {row.over_expanding:.2f}x expanding"
+                )
+            table[op][size] = table_rows(rows)
+    return table
+
+
+class OnDevice:
+    """Measures on the current GPU, keeping the copies of one layer at a time."""
+
+    def __init__(self, rounds: int = 7) -> None:
+        self.rounds = rounds
+        self.flush = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+        self.key: object = None
+        self.weights: list[tuple[Tensor, ...]] = []
+
+    def __call__(self, op: str, dtype: torch.dtype, layer: tuple[int, int], tokens: int, choice: Choice | str) -> float:
+        key = (op, dtype, layer, choice == "dense")
+        if key != self.key:
+            self.key, self.weights = key, []
+            self.weights = self._copies(op, dtype, layer, choice == "dense")
+        x = torch.randn(tokens, layer[1], device="cuda", dtype=dtype)
+        return self._time(lambda weight: self._multiply(op, x, weight, layer, choice))
+
+    def _copies(self, op: str, dtype: torch.dtype, layer: tuple[int, int], dense: bool) -> list[tuple[Tensor, ...]]:
+        weight = torch.randn(layer, device="cuda", dtype=dtype)
+        packed: tuple[Tensor, ...] = (weight,)
+        if not dense and op == "nm_linear":
+            bits, _ = ops.nm_prune(weight.abs(), 2, 4)
+            packed = ops.nm_compress(ops.masked_weight(weight, bits), 2, 4)
+        elif not dense:
+            packed = ops.bitmap_pack(torch.where(torch.rand_like(weight) < 0.5, 0, weight))
+        size = sum(tensor.nbytes for tensor in packed)
+        return [tuple(tensor.clone() for tensor in packed) for _ in range(1 + self.flush // size)]
+
+    def _multiply(
+        self, op: str, x: Tensor, weight: tuple[Tensor, ...], layer: tuple[int, int], choice: Choice | str
+    ) -> object:
+        if choice == "dense":
+            return linear(x, weight[0])
+        plan = None
+        if not isinstance(choice, str):
+            kernel, blocks = choice
+            processors = torch.cuda.get_device_properties(0).multi_processor_count
+            plan = plans.Plan(kernel == "tensor cores", plans.splits(blocks * processors, layer[1], layer[0]))
+        with patch.object(sparse_gemm, "plan", lambda *arguments: plan):
+            return getattr(ops, op)(x, *weight, *((2, 4) if op == "nm_linear" else layer))
+
+    def _time(self, run: Callable[[tuple[Tensor, ...]], object]) -> float:
+        """Median seconds of one product, over rounds of a graph with as many as there are copies, at least 20."""
+        turns = max(20, len(self.weights))
+        for weight, _ in zip(cycle(self.weights), range(3), strict=False):
+            run(weight)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for weight, _ in zip(cycle(self.weights), range(turns), strict=False):
+                run(weight)
+        times = []
+        for _ in range(self.rounds):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3 / turns)
+        return median(times)
+
+
+def save(name: str, table: dict[str, dict[str, list[list[Any]]]]) -> None:
+    """Puts the table among the others, a line for each op."""
+    tables = {**json.loads(plans.TABLES.read_text()), name: table}
+    kinds = []
+    for kind, of_kind in tables.items():
+        lines = ",\n".join(f"    {json.dumps(op)}: {json.dumps(rows)}" for op, rows in of_kind.items())
+        kinds.append(f"  {json.dumps(kind)}: {{\n{lines}\n  }}")
+    plans.TABLES.write_text("{\n" + ",\n".join(kinds) + "\n}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="repetitions of which the median counts")
+    parser.add_argument("--save", action="store_true", help="add the table to pyprune/_cuda/sparse_gemm.json")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("tune_sparse_gemm.py: torch sees no CUDA device; run it where there is one")
+    chosen, why = ops.choose("nm_linear", torch.device("cuda"), torch.bfloat16)
+    if chosen.name != "cuda":
+        raise SystemExit(f"tune_sparse_gemm.py: the CUDA kernels are not in use: {why}")
+    table = tune(OnDevice(arguments.rounds))
+    print(json.dumps(table))
+    if arguments.save:
+        save(torch.cuda.get_device_name(), table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""csrc/nm.cu, bitmap.cu and sparse_gemm.cu on a device: the emulator's checks, layers of real size, the ops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sparse_checks import (
+    DTYPES,
+    EMPTY_SHAPES,
+    PATTERNS,
+    PRODUCTS,
+    SHAPES,
+    Launchers,
+    Product,
+    Shape,
+    assert_same,
+    bitmap_pack,
+    bitmap_unpack,
+    nm_compress,
+    nm_decompress,
+    nm_prune,
+    nm_weight,
+    odd_weight,
+    reference,
+)
+
+from pyprune import ops
+
+LARGE = (Shape(1, 4096, 11008), Shape(3, 11008, 4096), Shape(16, 4096, 4096), Shape(64, 4096, 6144))
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_nm(launchers: Launchers, n: int, m: int, dtype: torch.dtype) -> None:
+    for columns in (8 * m, 9 * m, 200 * m):
+        scores = torch.randn(37, columns, generator=torch.Generator().manual_seed(m)).to(dtype)
+        previous, _, _ = reference.nm_prune(-scores, n, m, None)
+        assert_same(nm_prune(launchers, scores, n, m, previous), reference.nm_prune(scores, n, m, previous))
+        weight = nm_weight(37, columns, n, m, dtype, odd=True)
+        values, metadata, first = reference.nm_compress(weight, n, m)
+        assert_same(nm_compress(launchers, weight, n, m), (values, metadata, first))
+        dense = nm_decompress(launchers, values, metadata, n, m)
+        assert_same((dense,), (reference.nm_decompress(values, metadata, n, m),))
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (64, 64), (65, 130), (130, 144), (1000, 1111)], ids=str)
+def test_bitmap(launchers: Launchers, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    for sparsity in (0.0, 0.5, 1.0):
+        weight = odd_weight(*shape, dtype, sparsity)
+        packed = reference.bitmap_pack(weight)
+        assert_same(bitmap_pack(launchers, weight), packed)
+        dense = bitmap_unpack(launchers, *packed, *shape)
+        assert_same((dense,), (reference.bitmap_unpack(*packed, *shape),))
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + EMPTY_SHAPES, ids=str)
+def test_products(launchers: Launchers, shape: Shape, product: Product) -> None:
+    tensors = product.inputs(shape)
+    product.check(tensors, product.run(launchers, shape, tensors))
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_products_at_size_and_again(launchers: Launchers, shape: Shape, product: Product) -> None:
+    tensors = product.inputs(shape)
+    result = product.run(launchers, shape, tensors)
+    product.check(tensors, result)
+    for _ in range(5):
+        assert torch.equal(product.run(launchers, shape, tensors), result), "differs from run to run"
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40, 200])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["nm_linear", "bitmap_linear"])
+def test_functional_api(device: torch.device, op: str, dtype: torch.dtype, tokens: int) -> None:
+    """Whatever the table of this device chooses, on another stream, with the gradient of x."""
+    chosen, why = ops.choose(op, device, dtype)
+    assert chosen.name == "cuda", why
+    product = Product(op, dtype, False, 1)
+    tensors = product.inputs(Shape(tokens, 1024, 768))
+    packed = [tensor.to(device) for name, tensor in tensors.items() if name not in ("x", "weight", "bias")]
+    pattern = (2, 4) if op == "nm_linear" else (768, 1024)
+    x = tensors["x"].to(device).requires_grad_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = getattr(ops, op)(x, *packed, *pattern, tensors["bias"].to(device))
+        (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    stream.synchronize()
+    product.check(tensors, y.detach().cpu())
+    exact = tensors["weight"].double().sum(0).expand(tokens, -1)
+    plain = torch.ones(tokens, 768, dtype=dtype) @ tensors["weight"]
+    allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(dtype).eps / 2 * exact.abs().max()
+    assert (grad.cpu().double() - exact).abs().max() <= allowed
+
+
+def test_errors_name_the_group(device: torch.device) -> None:
+    weight = nm_weight(8, 32, 2, 4, torch.float16)
+    weight[5, 8:12] = 1
+    with pytest.raises(ValueError, match=r"row 5, group 2 \(columns 8 to 11\)"):
+        ops.nm_compress(weight.to(device), 2, 4)
+    weight[6, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"row 6, group 0 \(columns 0 to 3\)"):
+        ops.nm_prune(weight.to(device), 2, 4)
