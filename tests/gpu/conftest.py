@@ -11,7 +11,7 @@ import torch
 from pyprune import _native
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "simt"))
-from hsm_checks import Launchers  # noqa: E402
+from hsm_checks import Launchers
 
 
 @pytest.fixture(autouse=True)
