@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,7 +30,17 @@ from torch.func import functional_call
 
 from pyprune import allocation, patterns
 from pyprune.architectures import BlockLinears, Linear, Trunk, describe_blocks
-from pyprune.calibration import Activations, Gram, InputNorm, Keep, Kind, processes, rank, record, sum_over_processes
+from pyprune.calibration import (
+    Activations,
+    Gram,
+    InputNorm,
+    Keep,
+    Kind,
+    processes,
+    rank,
+    record_calls,
+    sum_over_processes,
+)
 from pyprune.console import track
 from pyprune.training import write_atomically
 
@@ -126,7 +137,9 @@ class Block:
         def hook(group: tuple[str, ...]) -> Callable[..., None]:
             def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 x = args[0].detach().flatten(0, -2)
-                found.setdefault(group[0], kind(x) if group[0] not in found else found[group[0]]).add(x)
+                if group[0] not in found:
+                    found[group[0]] = kind(x)
+                found[group[0]].add(x)
                 if group is groups[-1]:
                     raise _Reached
 
@@ -294,8 +307,9 @@ def prune(
     finished = _Finished(folder, _key(trunk, method, calibration, then))
     records = []
     with _frozen(model), _scratch(keep, folder) as scratch:
-        walk = _Walk(trunk, calibration if method.calibrated else (), keep, device, scratch, method.reference)
-        drop = finished.once("drop", lambda: _plan(trunk, method, pattern, calibration, keep, device, scratch))
+        walk_from = partial(_Walk, trunk, keep, device, scratch)
+        drop = finished.once("drop", lambda: _plan(trunk, method, pattern, partial(walk_from, calibration, "none")))
+        walk = walk_from(calibration if method.calibrated else (), method.reference)
         for index in track(range(len(trunk.blocks)), progress and rank() == 0, "blocks"):
             with walk.block(index, drop[index], pattern) as block:
                 record = finished.records.get(index)
@@ -333,16 +347,16 @@ class _Walk:
     def __init__(
         self,
         trunk: Trunk,
-        calibration: Sequence[Tensor],
         keep: Keep,
         device: torch.device | str | None,
         scratch: Path | None,
+        calibration: Sequence[Tensor],
         reference: str,
     ) -> None:
         self.trunk, self.keep, self.scratch, self.reference = trunk, keep, scratch, reference
         self.device = None if device is None else torch.device(device)
         self.inputs = self._activations("inputs")
-        self.calls = record(trunk, calibration[rank() :: processes()], self.inputs)
+        self.calls = record_calls(trunk, calibration[rank() :: processes()], self.inputs)
         self.targets: Activations | None = None
         if reference != "none":
             self.targets = self._activations("targets")
@@ -387,7 +401,7 @@ class _Walk:
                 squares[1] += (output - target).double().square().sum()
                 squares[2] += target.double().square().sum()
             self.inputs[i] = output
-        size, error, target_size = sum_over_processes(squares).tolist()
+        size, error, target_size = sum_over_processes(squares).tolist()  # waits for the copies of a GPU, too
         if not math.isfinite(size):
             raise PruningError(
                 f"{block.name}: its outputs are not finite (NaN or infinite); load the model in bfloat16 or float32, "
@@ -518,20 +532,14 @@ def check_sparsity(sparsity: float, pattern: patterns.Pattern, rates: str) -> No
 
 
 def _plan(
-    trunk: Trunk,
-    method: BlockMethod,
-    pattern: patterns.Pattern,
-    calibration: Sequence[Tensor],
-    keep: Keep,
-    device: torch.device | str | None,
-    scratch: Path | None,
+    trunk: Trunk, method: BlockMethod, pattern: patterns.Pattern, dense_walk: Callable[[], _Walk]
 ) -> list[dict[str, int]]:
     """How many weights each linear of each block has to lose."""
     shapes = [{linear.name: tuple(linear.matrix.shape) for linear in linears_of(block)} for block in trunk.blocks]
     sizes = [sum(math.prod(shape) for shape in block.values()) for block in shapes]
     rates = [method.sparsity] * len(shapes)
     if method.allocation == "owl":
-        walk = _Walk(trunk, calibration, keep, device, scratch, "none")
+        walk = dense_walk()
         outliers = [_outliers(walk, index, pattern, method.owl_outlier) for index in range(len(shapes))]
         rates = allocation.owl_rates(outliers, sizes, method.sparsity, method.owl_spread)
     linears = [

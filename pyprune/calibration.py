@@ -84,7 +84,7 @@ def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def record(trunk: Trunk, calibration: Sequence[Tensor], inputs: Activations) -> Calls:
+def record_calls(trunk: Trunk, calibration: Sequence[Tensor], inputs: Activations) -> Calls:
     """Runs the model with blocks that only note how they are called; the first one's inputs go to `inputs`."""
     calls = Calls(len(trunk.blocks))
 

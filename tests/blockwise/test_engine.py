@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from decoders import FAMILIES, block_inputs, calibration, decoder
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from pyprune.architectures import describe_blocks
 from pyprune.blockwise import Block, Gram, InputNorm, PruningError, linears_of, prune
 from pyprune.methods.magnitude import Magnitude
 from pyprune.methods.oneshot import OneShot
+from pyprune.methods.sparsegpt import SparseGPT
 from pyprune.methods.wanda import Wanda
 
 
@@ -276,6 +278,22 @@ def test_the_model_comes_back_as_it_was_but_for_its_weights() -> None:
     assert model.training
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
     assert all("forward" not in module.__dict__ and not module._forward_hooks for module in model.modules())
+
+
+def test_the_hooks_of_a_device_map_stay_and_an_offloaded_model_is_refused() -> None:
+    """accelerate's hooks replace `forward` of each module that its device map names."""
+    model, batches, notes = decoder("llama", torch.float32), calibration(), Notes()
+    plain = copy.deepcopy(model)
+    names = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    spread = dispatch_model(model, {name: "cpu" for name in names}, main_device="cpu", force_hooks=True)
+    forward = spread.model.layers[1].forward
+    assert "forward" in spread.model.layers[1].__dict__
+    prune(plain, SparseGPT(sparsity=0.5), batches)
+    prune(spread, SparseGPT(sparsity=0.5), batches, then=[notes])
+    assert same(weights(spread), weights(plain)) and len(notes.inputs) == 2
+    assert spread.model.layers[1].forward is forward
+    with pytest.raises(ValueError, match=r"q_proj is not in memory; load the model without offloading"):
+        prune(cpu_offload(decoder("llama", torch.float32), "cpu"), SparseGPT(), batches)
 
 
 # ------------------------------------------------------------------------------------------------------------ refused
