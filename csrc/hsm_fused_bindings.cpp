@@ -3,6 +3,10 @@
 #include "hsm_fused.h"
 #include "hsm_fused_cpu.h"
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 namespace pyprune {
 
 #ifdef PYPRUNE_WITH_CPU
@@ -13,7 +17,65 @@ namespace {
 
 #ifdef PYPRUNE_WITH_CPU
 
+// Whether the processor has tiles for bf16 (AMX), which torch's products use.
+bool has_bf16_tiles() {
+#ifdef __x86_64__
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+#else
+  return false;
+#endif
+}
+
+// `sizes` is (tokens, inputs, rank, outputs, masked).
+LowRank low_rank_of(const py::tuple& sizes) {
+  if (sizes.size() != 5) throw py::value_error("sizes must be (tokens, inputs, rank, outputs, masked)");
+  LowRank op{};
+  int64_t* const fields[] = {&op.tokens, &op.inputs, &op.rank, &op.outputs, &op.masked};
+  for (size_t i = 0; i < 5; ++i) *fields[i] = sizes[i].cast<int64_t>();
+  return op;
+}
+
+// `sizes` is (tokens, rank, columns).
+SumProducts sum_products_of(const py::tuple& sizes) {
+  if (sizes.size() != 3) throw py::value_error("sizes must be (tokens, rank, columns)");
+  SumProducts op{};
+  op.tokens = sizes[0].cast<int64_t>(), op.rank = sizes[1].cast<int64_t>(), op.columns = sizes[2].cast<int64_t>();
+  return op;
+}
+
+void bind_products(py::module_& m) {
+  m.def("has_bf16_tiles", &has_bf16_tiles, "Whether this processor has AMX.");
+  m.def("has_products", [] { return kernels().low_rank != nullptr; }, "Whether low_rank and sum_products are there.");
+  m.def("low_rank_workspace",
+        [](const py::tuple& sizes, int threads) { return kernels().low_rank_workspace(low_rank_of(sizes), threads); });
+  m.def("low_rank", [](const py::tuple& sizes, bool transposed, Address x, Address a, Address b, Address scale,
+                       Address mask, Address beside, Address dot, Address h, Address y, Address residual,
+                       Address weight, float eps, Address normed, Address rstd, Address workspace, int threads) {
+    LowRank op = low_rank_of(sizes);
+    op.transposed = transposed;
+    op.x = pointer(x), op.a = pointer(a), op.b = pointer(b);
+    op.scale = pointer<float>(scale), op.mask = pointer<float>(mask);
+    op.beside = pointer(beside), op.dot = pointer<float>(dot);
+    op.h = pointer(h), op.y = pointer(y);
+    op.residual = pointer(residual), op.weight = pointer(weight), op.eps = eps;
+    op.normed = pointer(normed), op.rstd = pointer<float>(rstd);
+    const py::gil_scoped_release release;
+    kernels().low_rank(op, pointer(workspace), threads);
+  });
+  m.def("sum_products_workspace", [](const py::tuple& sizes, int threads) {
+    return kernels().sum_products_workspace(sum_products_of(sizes), threads);
+  });
+  m.def("sum_products", [](const py::tuple& sizes, Address a, Address b, Address out, Address workspace, int threads) {
+    SumProducts op = sum_products_of(sizes);
+    op.a = pointer(a), op.b = pointer(b), op.out = pointer(out);
+    const py::gil_scoped_release release;
+    kernels().sum_products(op, pointer(workspace), threads);
+  });
+}
+
 void bind_cpu(py::module_& m) {
+  bind_products(m);
   m.def(
       "scale",
       [](int dtype, int64_t rows, int64_t columns, Address a, Address row_scale, Address column_scale, Address out,

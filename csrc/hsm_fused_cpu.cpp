@@ -1,5 +1,5 @@
 // CPU kernels of the `hsm` family, compiled once per instruction set (cpu_types.h). Loops are written so that the
-// compiler vectorises them.
+// compiler vectorises them; the bf16 products are apart, in hsm_fused_bf16.h.
 //
 // What bounds them: every kernel is one pass over rows that are read and written once. At T x d elements of s bytes,
 // mask_add moves 3 T d s bytes (z is still in cache: 2 T d s from memory), mask_add_rmsnorm 5 T d s and
@@ -146,6 +146,16 @@ void column_dot(int64_t rows, int64_t columns, const void* a_, int64_t a_stride,
 }
 
 }  // namespace
+}  // namespace pyprune
+
+#ifdef __AVX512BF16__
+#include "hsm_fused_bf16.h"
+#define PYPRUNE_BF16(kernel) kernel
+#else
+#define PYPRUNE_BF16(kernel) nullptr
+#endif
+
+namespace pyprune {
 
 extern const HsmCpuKernels PYPRUNE_JOIN(hsm_cpu_, PYPRUNE_ISA) = {
     PYPRUNE_BY_DTYPE(scale),
@@ -153,6 +163,10 @@ extern const HsmCpuKernels PYPRUNE_JOIN(hsm_cpu_, PYPRUNE_ISA) = {
     PYPRUNE_BY_DTYPE(mask_add_rmsnorm),
     PYPRUNE_BY_DTYPE(rmsnorm_backward),
     PYPRUNE_BY_DTYPE(column_dot),
+    PYPRUNE_BF16(low_rank_workspace),
+    PYPRUNE_BF16(low_rank),
+    PYPRUNE_BF16(sum_products_workspace),
+    PYPRUNE_BF16(sum_products),
 };
 
 }  // namespace pyprune

@@ -15,6 +15,30 @@
 
 namespace pyprune {
 
+// bf16: h = (x a^T) * scale;   y = mask * x + h b^T [+ residual, then RMSNorm]. The product is in fp32 until y is
+// rounded.
+struct LowRank {
+  int64_t tokens, inputs, rank, outputs;
+  int64_t masked;             // <= inputs, outputs: the columns that x is added to
+  bool transposed;            // a is [inputs,rank] and b [rank,outputs], not a [rank,inputs] and b [outputs,rank]
+  const void *x, *a, *b;      // x [tokens,inputs]
+  const float *scale, *mask;  // [rank], null for ones; [masked]
+  const void* beside;         // [tokens,rank], read for dot
+  float* dot;                 // [blocks,rank] with a block for every 48 tokens: sums to sum_t (x a^T) * beside, or null
+  void *h, *y;                // [tokens,rank]; [tokens,outputs], or null
+  const void *residual, *weight;  // [tokens,outputs], [outputs], or null: y is the sum, and
+  float eps;
+  void* normed;  // [tokens,outputs] = y * rstd * weight
+  float* rstd;   // [tokens] = rsqrt(mean(y^2) + eps), of y as rounded
+};
+
+// bf16: out [rank,columns] = a^T b, summed over the tokens.
+struct SumProducts {
+  int64_t tokens, rank, columns;
+  const void *a, *b;  // [tokens,rank], [tokens,columns]
+  void* out;
+};
+
 // One instruction set's build of the kernels.
 struct HsmCpuKernels {
   // out [rows,columns] = row_scale[:, None] * a * column_scale. A null scale means ones. a, out typed.
@@ -43,6 +67,12 @@ struct HsmCpuKernels {
   // out [blocks,columns] : sums to sum_t a * b. a, b typed with their own strides.
   void (*column_dot)(DType dtype, int64_t rows, int64_t columns, const void* a, int64_t a_stride, const void* b,
                      int64_t b_stride, int64_t blocks, float* out, int threads);
+
+  // Null but for the instruction set that has a bf16 dot product. The workspaces are in bytes, 64-byte aligned.
+  int64_t (*low_rank_workspace)(const LowRank& op, int threads);
+  void (*low_rank)(const LowRank& op, void* workspace, int threads);
+  int64_t (*sum_products_workspace)(const SumProducts& op, int threads);
+  void (*sum_products)(const SumProducts& op, void* workspace, int threads);
 };
 
 }  // namespace pyprune

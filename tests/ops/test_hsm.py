@@ -60,6 +60,41 @@ def test_kernels_are_as_exact_as_torch(op: str, dtype: torch.dtype, shape: tuple
     assert_as_exact_as_torch(op, make_case(*shape, dtype))
 
 
+@pytest.fixture
+def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' bf16 products at any size, also where torch has tiles for them."""
+    if "avx512_bf16" not in ISAS:
+        pytest.skip("this processor has no bf16 dot product")
+    implementation, _ = ops.choose("hsm", torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(implementation, "own_products", True)
+    monkeypatch.setattr(on_cpu, "FEWEST_TOKENS", 0)
+    monkeypatch.setattr(on_cpu, "_product", lambda *operands: pytest.fail("torch's product was called"))
+
+
+# Beside those of all ops: a tile of 8 + 4 ranks, whole panels of 48, several strips of 96 columns and depths of 128.
+OWN_SHAPES = [*SHAPES, (50, 32, 12, 32), (96, 96, 16, 96), (300, 230, 9, 201)]
+
+
+@pytest.mark.parametrize("op", RUNS)
+@pytest.mark.parametrize("shape", OWN_SHAPES, ids=str)
+@pytest.mark.usefixtures("poison", "own_products")
+def test_bf16_products_are_as_exact_as_torch(op: str, shape: tuple[int, ...]) -> None:
+    assert_as_exact_as_torch(op, make_case(*shape, torch.bfloat16))
+
+
+@pytest.mark.parametrize("op", RUNS)
+@pytest.mark.usefixtures("own_products")
+def test_bf16_products_do_not_depend_on_the_number_of_threads(op: str) -> None:
+    case, results = make_case(150, 230, 9, 200, torch.bfloat16), []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(RUNS[op](case))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
 @needs_kernels
 @pytest.mark.parametrize("op", RUNS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -123,7 +158,7 @@ def test_half_precision_conversions(dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pruned_channels_are_exactly_zero(dtype: torch.dtype) -> None:
     """A zero in the mask zeroes the output and every gradient that passes through the channel."""
-    case = make_case(20, 24, 5, 24, dtype)
+    case = make_case(60, 24, 5, 24, dtype)
     case.mask[::3] = 0
     results = RUNS["hsm"](case)
     assert (results["y"][:, ::3] == 0).all()
