@@ -144,15 +144,16 @@ def test_statistics_are_sums_over_all_tokens_of_what_the_linears_read(family: st
         assert torch.allclose(norm, x.square().sum(0).sqrt(), rtol=1e-12)
 
 
-def test_statistics_of_low_precision_are_summed_in_fp32() -> None:
-    """1,000 ones more than 256: bf16 sums would stand still there."""
-    x = torch.ones(1256, 3, dtype=torch.bfloat16)
+def test_statistics_of_low_precision_are_squared_and_summed_in_fp32() -> None:
+    """In bf16 the square of 1 + 1/128 would be off by 6e-5, and sums would stand still at 256."""
+    x = torch.full((1256, 3), 1 + 1 / 128, dtype=torch.bfloat16)
     norm, gram = InputNorm(x), Gram(x)
     for part in x.split(8):
         norm.add(part)
         gram.add(part)
-    assert norm.total.tolist() == [1256.0] * 3
-    assert gram.total.tolist() == [[1256.0] * 3] * 3
+    expected = torch.full((3, 3), 1256 * (1 + 1 / 128) ** 2)
+    assert torch.allclose(norm.total, expected[0], rtol=1e-6)
+    assert torch.allclose(gram.total, expected, rtol=1e-6)
 
 
 def test_forward_takes_other_weights_with_gradients_and_capture_stops_behind_the_last_name() -> None:
