@@ -2,6 +2,9 @@
 
 PYPRUNE_CUDA        auto (default: CUDA when nvcc is found), 1 (CUDA or an error), 0 (CPU only)
 PYPRUNE_CUDA_ARCHS  architectures, e.g. "80;90a", the newest also as PTX (default: those of DEFAULT_ARCHS nvcc knows)
+PYPRUNE_CUTLASS     1: also 2:4 prefill on sm_90a by CUTLASS's sparse kernels, with the headers of the nvidia-cutlass
+                    wheel (pip install --no-deps nvidia-cutlass) or under CUTLASS_PATH/include; a minute more, 4 GB of
+                    memory (default: 0)
 CXX, CUDA_HOME      the compiler and the toolkit, when the ones on PATH are not wanted
 """
 
@@ -15,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from sysconfig import get_path
@@ -147,6 +151,28 @@ def find_cuda() -> tuple[Cuda | None, str]:
     return cuda, f"CUDA {cuda.release} at {cuda.root}"
 
 
+def find_cutlass(cuda: Cuda | None) -> tuple[Path | None, str]:
+    """CUTLASS's headers, or None, and the reason in words."""
+    wanted = os.environ.get("PYPRUNE_CUTLASS", "0")
+    if wanted not in ("0", "1"):
+        raise BuildError(f"PYPRUNE_CUTLASS is {wanted!r}; set it to 0 or 1")
+    if wanted == "0":
+        return None, "PYPRUNE_CUTLASS=1 at build time adds it"
+    if cuda is None or "90a" not in cuda.archs:
+        raise BuildError("PYPRUNE_CUTLASS=1 needs nvcc and 90a among the architectures of PYPRUNE_CUDA_ARCHS")
+    package = find_spec("cutlass_library")
+    folders = [Path(os.environ["CUTLASS_PATH"])] if "CUTLASS_PATH" in os.environ else []
+    if package is not None and package.origin is not None:
+        folders.append(Path(package.origin).parent / "source")
+    for folder in folders:
+        if (folder / "include/cutlass/cutlass.h").exists():
+            return (folder / "include").resolve(), f"headers at {folder}"
+    raise BuildError(
+        "PYPRUNE_CUTLASS=1 but there are no headers; pip install --no-deps nvidia-cutlass (and build with "
+        "--no-build-isolation), or set CUTLASS_PATH to a folder with include/cutlass"
+    )
+
+
 class NinjaFile:
     """The text of a build.ninja with the three rules this package needs."""
 
@@ -192,10 +218,12 @@ class BuildKernels(build_ext):
         """Writes build.ninja, runs it, and says what came out."""
         compiler = find_compiler()
         cuda, reason = find_cuda()
+        cutlass, cutlass_reason = find_cutlass(cuda)
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         build = Path(self.build_temp).resolve()
         info = self.build_info(compiler, cuda, reason)
+        info |= {"cutlass": cutlass is not None, "cutlass_reason": cutlass_reason}
         file = NinjaFile(build, compiler, cuda)
 
         for source in sorted(SOURCES.glob("*_cpu.cpp")):
@@ -215,6 +243,11 @@ class BuildKernels(build_ext):
                     *cuda.gencode,
                     f"--threads={len(cuda.archs) + 1}",
                 )
+        if cutlass:
+            defines.append("-DPYPRUNE_WITH_CUTLASS")
+            options = (*NVCC_FLAGS, "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a")
+            source = SOURCES / "cutlass/sparse_gemm.cu"
+            file.compile("nvcc", source, "sparse_gemm_cutlass", *options, f"-isystem {quote(str(cutlass))}")
         for source in sorted(SOURCES.glob("*bindings.cpp")):
             file.compile("cxx", source, source.stem, *CXX_FLAGS, *defines, *includes)
         file.edge("link", target, file.objects, "-fopenmp", *(cuda.link if cuda else []))
@@ -252,6 +285,8 @@ class BuildKernels(build_ext):
         )
         print(f"pyprune: built {target.name} ({target.stat().st_size / 2**20:.1f} MiB) with {info['compiler']}")
         print(f"pyprune:   CPU kernels: {', '.join(info['isas'])}\npyprune:   CUDA kernels: {cuda}")
+        if info["cuda"]:
+            print(f"pyprune:   CUTLASS: {'yes' if info['cutlass'] else 'no'}, {info['cutlass_reason']}")
         sys.stdout.flush()
 
 

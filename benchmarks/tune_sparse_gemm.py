@@ -4,9 +4,10 @@
 
 For every op, size of an element and number of tokens, each plan runs on the layers of an 8B Llama at 50 % sparsity; the
 best one has the least product of its times over the layers. Tokens from which expanding the weight is faster end the
-table. Weights are cold: copies of them, together four times the L2 cache, take turns. Beside each row stands its gain
-over torch's dense product (above 1 is faster) and the most that the format allows, dense bytes over packed bytes. With
---save the table goes to pyprune/_cuda/sparse_gemm.json under the device's name (see pyprune/_cuda/plans.py).
+table; where the build has CUTLASS's 2:4 product, from how many tokens on that one wins is measured too. Weights are
+cold: copies of them, together four times the L2 cache, take turns. Printed beside each row: its gain over torch's dense
+product and over expanding (above 1 is faster); at 50 % the formats allow 1.78x dense. With --save the table goes to
+pyprune/_cuda/sparse_gemm.json under the device's name (see pyprune/_cuda/plans.py).
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pyprune import ops
+from pyprune import _native, ops
 from pyprune._cuda import plans, sparse_gemm
 
 LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 """[out, in] of an 8B Llama's products: queries, keys and values; attention's output; gate and up; down."""
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CUTLASS_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
 BLOCKS = (1, 2, 3, 4, 6, 8)
 DTYPES = {"16-bit": torch.bfloat16, "32-bit": torch.float32}
 
 Choice = tuple[str, int]
 """A kernel and its blocks for each multiprocessor: what a row of the table has beside its tokens."""
 Measure = Callable[[str, torch.dtype, tuple[int, int], int, "Choice | str"], float]
-"""Seconds of op, dtype, layer, tokens, and a choice, "expand" or "dense"."""
+"""Seconds of op, dtype, layer, tokens, and a choice, "expand", "dense" or "cutlass"."""
 
 
 def choices(size: str) -> list[Choice]:
@@ -88,9 +90,26 @@ def table_rows(rows: list[Row]) -> list[list[Any]]:
     return table
 
 
-def tune(measure: Measure, report: Callable[[str], object] = print) -> dict[str, dict[str, list[list[Any]]]]:
-    """The device's table."""
-    table: dict[str, dict[str, list[list[Any]]]] = {}
+def cutlass_tokens(measure: Measure, report: Callable[[str], object]) -> int | None:
+    """The tokens from which on CUTLASS's product is never slower than expanding, None if there are none."""
+    least = None
+    for tokens in reversed(CUTLASS_TOKENS):
+        times = {
+            choice: [measure("nm_linear", torch.bfloat16, layer, tokens, choice) for layer in LAYERS]
+            for choice in ("dense", "expand", "cutlass")
+        }
+        over_dense = mean_ratio(times["dense"], times["cutlass"])
+        over_expanding = mean_ratio(times["expand"], times["cutlass"])
+        report(f"nm_linear by CUTLASS, {tokens} tokens: {over_dense:.2f}x dense, {over_expanding:.2f}x expanding")
+        if over_expanding < 1:
+            break
+        least = tokens
+    return least
+
+
+def tune(measure: Measure, cutlass: bool, report: Callable[[str], object] = print) -> dict[str, Any]:
+    """The device's table; without CUTLASS in the build its threshold stays that of "default"."""
+    table: dict[str, Any] = {}
     for op in ("nm_linear", "bitmap_linear"):
         table[op] = {}
         for size in DTYPES:
@@ -102,6 +121,8 @@ def tune(measure: Measure, report: Callable[[str], object] = print) -> dict[str,
                     f"{row.over_dense:.2f}x dense, {row.over_expanding:.2f}x expanding"
                 )
             table[op][size] = table_rows(rows)
+    default = plans.tables()["default"]["cutlass_tokens"]
+    table["cutlass_tokens"] = cutlass_tokens(measure, report) if cutlass else default
     return table
 
 
@@ -143,7 +164,10 @@ class OnDevice:
             kernel, blocks = choice
             processors = torch.cuda.get_device_properties(0).multi_processor_count
             plan = plans.Plan(kernel == "tensor cores", plans.splits(blocks * processors, layer[1], layer[0]))
-        with patch.object(sparse_gemm, "plan", lambda *arguments: plan):
+        with (
+            patch.object(sparse_gemm, "plan", lambda *arguments: plan),
+            patch.object(sparse_gemm, "suits_cutlass", lambda *arguments: choice == "cutlass"),
+        ):
             return getattr(ops, op)(x, *weight, *((2, 4) if op == "nm_linear" else layer))
 
     def _time(self, run: Callable[[tuple[Tensor, ...]], object]) -> float:
@@ -167,7 +191,7 @@ class OnDevice:
         return median(times)
 
 
-def save(name: str, table: dict[str, dict[str, list[list[Any]]]]) -> None:
+def save(name: str, table: dict[str, Any]) -> None:
     """Puts the table among the others, a line for each op."""
     tables = {**json.loads(plans.TABLES.read_text()), name: table}
     kinds = []
@@ -187,7 +211,7 @@ def main() -> None:
     chosen, why = ops.choose("nm_linear", torch.device("cuda"), torch.bfloat16)
     if chosen.name != "cuda":
         raise SystemExit(f"tune_sparse_gemm.py: the CUDA kernels are not in use: {why}")
-    table = tune(OnDevice(arguments.rounds))
+    table = tune(OnDevice(arguments.rounds), cutlass=hasattr(_native.cuda, "nm_linear_cutlass"))
     print(json.dumps(table))
     if arguments.save:
         save(torch.cuda.get_device_name(), table)

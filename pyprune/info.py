@@ -80,9 +80,11 @@ def _build_lines(report: dict[str, Any]) -> list[str]:
         return [f"compiled   no: {report['why_not_compiled']}", "           the ops run in plain torch"]
     archs = f"sm_{', sm_'.join(build['cuda_archs'])}" if build["cuda"] else ""
     cuda = f"CUDA {build['cuda']} for {archs}" if build["cuda"] else f"no CUDA ({build['cuda_reason']})"
+    cutlass = f"{'yes' if build.get('cutlass') else 'no'}, {build.get('cutlass_reason', 'an older build')}"
     return [
         f"compiled   yes, by {build['compiler']}; {cuda}",
         f"cpu code   {report['isa']}; this machine runs {', '.join(report['isas'])} (PYPRUNE_ISA chooses)",
+        *([f"cutlass    2:4 for many tokens on sm_90a: {cutlass}"] if build["cuda"] else []),
     ]
 
 

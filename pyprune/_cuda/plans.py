@@ -6,7 +6,8 @@ measurement. For each op and size of an element a table has rows
 
     [up to so many tokens, "tensor cores" or "plain", blocks for each multiprocessor]
 
-with tokens rising. Above the last row the weight is expanded and multiplied by torch.
+with tokens rising. Above the last row the weight is expanded and multiplied by torch; or, 2:4 on sm_90a where the build
+has it, given to CUTLASS, from "cutlass_tokens" on (null for never).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Plan:
 
 @cache
 def tables() -> dict[str, Any]:
-    """Device name -> op -> "16-bit" or "32-bit" -> rows."""
+    """Device name -> op -> "16-bit" or "32-bit" -> rows; and "cutlass_tokens"."""
     return json.loads(TABLES.read_text())
 
 
@@ -59,6 +60,16 @@ def plan(op: str, x: Tensor, outputs: int) -> Plan | None:
         if tokens <= most_tokens:
             return Plan(kernel == "tensor cores", splits(blocks * processors, inputs, outputs))
     return None
+
+
+def suits_cutlass(x: Tensor, outputs: int) -> bool:
+    """Whether CUTLASS's 2:4 product takes this one (csrc/cutlass/sparse_gemm.h) and is expected to be faster."""
+    if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) != (9, 0):
+        return False
+    tokens, inputs = x.shape
+    least = tables()[machine(x.device)[0]]["cutlass_tokens"]
+    takes = x.dtype in (torch.bfloat16, torch.float16) and inputs % 16 == 0 and outputs % 8 == 0 and outputs > 0
+    return takes and least is not None and tokens >= least
 
 
 def splits(blocks: int, inputs: int, outputs: int) -> int:

@@ -1,4 +1,7 @@
-"""The `sparse_gemm` family: few tokens on the launchers of csrc/sparse_gemm.h, more on the expanded weight by torch."""
+"""The `sparse_gemm` family: few tokens on the launchers of csrc/sparse_gemm.h, more on the expanded weight by torch.
+
+2:4 for many tokens runs on CUTLASS where the build has it (csrc/cutlass/sparse_gemm.h).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pyprune._cpu.common import DTYPE_CODES, address
 from pyprune._cuda.bitmap import Bitmap, sixteen_bytes
 from pyprune._cuda.nm import Nm
 from pyprune._cuda.nm_adamw import NmAdamw
-from pyprune._cuda.plans import Plan, plan
+from pyprune._cuda.plans import Plan, plan, suits_cutlass
 
 COPY_TOKENS = 360
 """Tokens whose product costs as much as copying the weight, on an H100: (4 bytes / 3.35 TB/s) / (2 / 600 TFLOP/s)."""
@@ -20,10 +23,14 @@ class SparseGemm(Bitmap, Nm, NmAdamw):
     """The family's ops, and those that they need for many tokens."""
 
     def nm_linear(self, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-        chosen = plan("nm_linear", x, len(values)) if (n, m) == (2, 4) else None
-        if chosen is None:
-            return linear(x, self.nm_decompress(values, metadata, n, m), bias)
-        return self._multiply("nm_linear", chosen, x, (values, metadata), bias, len(values))
+        if (n, m) == (2, 4):
+            chosen = plan("nm_linear", x, len(values))
+            if chosen is not None:
+                return self._multiply("nm_linear", chosen, x, (values, metadata), bias, len(values))
+            if hasattr(self.kernels, "nm_linear_cutlass") and suits_cutlass(x, len(values)):
+                y = self._multiply_by_cutlass(x, values, metadata)
+                return y if bias is None else y.add_(bias)
+        return linear(x, self.nm_decompress(values, metadata, n, m), bias)
 
     def bitmap_linear(
         self,
@@ -78,4 +85,14 @@ class SparseGemm(Bitmap, Nm, NmAdamw):
                 *addresses,
                 self.stream(x.device),
             )
+        return y
+
+    def _multiply_by_cutlass(self, x: Tensor, values: Tensor, metadata: Tensor) -> Tensor:
+        x, values = sixteen_bytes(x), sixteen_bytes(values)
+        y = x.new_empty(len(x), len(values))
+        shape, dtype = (*x.shape, len(values)), DTYPE_CODES[x.dtype]
+        with torch.cuda.device_of(x):
+            workspace = x.new_empty(self.kernels.nm_linear_cutlass_workspace(shape, dtype), dtype=torch.uint8)
+            addresses = [tensor.data_ptr() for tensor in (x, values, metadata, y, workspace)]
+            self.kernels.nm_linear_cutlass(shape, dtype, *addresses, self.stream(x.device))
         return y
