@@ -152,8 +152,8 @@ def test_statistics_of_low_precision_are_squared_and_summed_in_fp32() -> None:
         norm.add(part)
         gram.add(part)
     expected = torch.full((3, 3), 1256 * (1 + 1 / 128) ** 2)
-    assert torch.allclose(norm.total, expected[0], rtol=1e-6)
-    assert torch.allclose(gram.total, expected, rtol=1e-6)
+    assert torch.allclose(norm.total, expected[0], rtol=1e-5)
+    assert torch.allclose(gram.total, expected, rtol=3e-5)  # 1,256 roundings in one direction, 1.2e-5
 
 
 def test_forward_takes_other_weights_with_gradients_and_capture_stops_behind_the_last_name() -> None:
