@@ -68,8 +68,8 @@ class SparseQuantizer(HfQuantizer):
             linear = model.get_submodule(_own_name(model, name))
             if any(tensor.is_meta for tensor in linear.packed().values()):
                 raise ValueError(f"{name} is packed and cannot be offloaded; pass a device_map without offloading")
-            for part, tensor in linear.packed().items():
-                linear.register_parameter(part, nn.Parameter(_aligned(tensor), requires_grad=False))
+            for tensor in linear.packed().values():
+                tensor.requires_grad_(False)  # transformers makes a Parameter of every tensor that it reads
             try:
                 linear.check()
             except (TypeError, ValueError) as error:
@@ -170,8 +170,3 @@ def _leave_alone(parent: nn.Module) -> None:
     """Keeps transformers from initialising weights of a module's linears that are not there any more, as GPT-2 does."""
     if not list(parent.parameters(recurse=False)):
         parent._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor at an address that suits vector loads: what lies in a mapped file may start anywhere."""
-    return tensor.clone() if tensor.data_ptr() % 64 else tensor.detach()
