@@ -28,7 +28,7 @@ ROWS = [
     ["blockwise", "distillation"],
     ["optim"],
     ["methods.ast", "methods.lora", "methods.magnitude", "methods.wanda", "methods.sparsegpt", "methods.admm"],
-    ["methods.pat", "methods.loraprune"],
+    ["methods.pat", "methods.loraprune", "methods.besa"],
     ["methods.prune_then_tune", "methods.llm_pruner", "methods.slicegpt"],
     ["runs"],
     ["oneshot"],
