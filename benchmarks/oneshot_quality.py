@@ -110,6 +110,13 @@ def measure(model: Any, text: TokenStream, recipe: Recipe) -> float:
     return evaluation.perplexity(model, ids, recipe.eval_window, bos=text.bos, progress=True).value
 
 
+def check(path: Path, protocol: str) -> None:
+    """Ends when the trials of a folder were measured in another way: no comparison."""
+    if path.exists() and path.read_text() != protocol:
+        raise SystemExit(f"{path.parent} holds trials of {path.read_text()}, not of {protocol}; name another --out")
+    path.write_text(protocol)
+
+
 def rows(records: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
     """What the csv has of each record, and beside it what it was measured with."""
     where = environment()
@@ -228,6 +235,7 @@ def main() -> None:
     print(conditions(arguments.threads))
     recipe: Recipe = from_fields(Recipe, arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    check(arguments.out / "protocol.txt", repr(recipe))
     dense = arguments.model or arguments.out / "dense"
     if not dense.exists():
         data.demo_model(dense)
