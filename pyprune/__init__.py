@@ -14,6 +14,7 @@ _EXPORTS = {
     "ADMM": "methods.admm",
     "ALPS": "methods.admm",
     "AST": "methods.ast",
+    "BESA": "methods.besa",
     "HSM": "modules",
     "LLMPruner": "methods.llm_pruner",
     "LoRA": "methods.lora",
