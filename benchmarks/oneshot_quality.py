@@ -32,6 +32,7 @@ from pyprune.data import TokenStream
 from pyprune.methods import find
 from pyprune.models import open_model, open_tokenizer
 from pyprune.oneshot import Recipe, calibration_batches
+from pyprune.reconstruction import Reconstruction
 from pyprune.runs import environment, write_json
 
 CSV = Path(__file__).with_name("oneshot_quality.csv")
@@ -47,6 +48,8 @@ TRIALS: dict[str, tuple[str, dict[str, Any]]] = {
     "admm": ("admm", {}),
     "alps": ("alps", {}),
     "besa": ("besa", {}),
+    "besa-reconstructed": ("besa", {}),
+    "wanda-reconstructed": ("wanda", {}),
 }
 LABELS = {
     "magnitude": "magnitude",
@@ -56,6 +59,8 @@ LABELS = {
     "admm": "ADMM",
     "alps": "ALPS",
     "besa": "BESA",
+    "besa-reconstructed": "BESA + reconstruction",
+    "wanda-reconstructed": "Wanda + reconstruction",
 }
 
 Cell = dict[str, str]  # one row of the csv
@@ -67,6 +72,11 @@ class Trial:
 
     name: str
     level: str
+
+    @property
+    def then(self) -> list[Any]:
+        """The steps behind the method."""
+        return [Reconstruction()] if self.name.endswith("-reconstructed") else []
 
     def method(self) -> Any:
         """The method with its options."""
@@ -80,7 +90,10 @@ class Trial:
 def trials(names: Sequence[str], levels: Sequence[str]) -> list[Trial]:
     """Level by level. OWL and BESA spread a sparsity unevenly, which N:M does not allow."""
     return [
-        Trial(name, level) for level in levels for name in names if not (":" in level and name in ("wanda-owl", "besa"))
+        Trial(name, level)
+        for level in levels
+        for name in names
+        if not (":" in level and name.startswith(("wanda-owl", "besa")))
     ]
 
 
@@ -92,10 +105,18 @@ def run(trial: Trial, dense: Path, calibration: Sequence[Tensor], text: TokenStr
     model, blocks = open_model(dense, recipe.dtype), path.with_suffix("")
     start = time.monotonic()
     method = trial.method()
-    pruned = prune(model, method, calibration, folder=blocks, keep=recipe.keep, progress=True)  # type: ignore[arg-type]
+    pruned = prune(
+        model,
+        method,
+        calibration,
+        then=trial.then,
+        folder=blocks,
+        keep=recipe.keep,  # type: ignore[arg-type]
+        progress=True,
+    )
     seconds = time.monotonic() - start
     record = {
-        **{"method": trial.name, "level": trial.level, "options": repr(method)},
+        **{"method": trial.name, "level": trial.level, "options": ", then ".join(map(repr, (method, *trial.then)))},
         **{"sparsity": pruned.sparsity, "zeros": pruned.zeros, "size": pruned.size, "seconds": seconds},
         **{"perplexity": measure(model, text, recipe)},
     }

@@ -101,7 +101,7 @@ class Pruning:
         before = run.stage("dense", self.measure_dense) if self.held_out is not None else {}
         pruned, after = self.stages(run)
         summary = {
-            "method": repr(self.method),
+            "method": ", then ".join(map(repr, (self.method, *self.then))),
             "dense_model": str(self.dense),
             **{key: pruned[key] for key in ("sparsity", "zeros", "size", "bytes_dense", "bytes_packed", "seconds")},
             "ppl_dense": before["perplexity"]["value"] if before else None,

@@ -22,6 +22,9 @@ def options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     chosen = method.parse_known_args(argv)[0].method
     parser.add_argument("--method", default="wanda", choices=list(ONE_SHOT), help="how to prune (default: wanda)")
     add_run_options(parser)
+    parser.add_argument(
+        "--reconstruct", action="store_true", help="train what survives of each attention and MLP on the same text"
+    )
     if chosen in ONE_SHOT:
         add_fields(parser, find(chosen))
     add_fields(parser, Recipe)
@@ -39,10 +42,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from pyprune import oneshot, runs
+    from pyprune.reconstruction import Reconstruction
 
     recipe, method = from_fields(oneshot.Recipe, args), from_fields(find(args.method), args)
     config = configuration(args, recipe) | {"method": args.method, **dataclasses.asdict(method)}
+    config["reconstruct"] = args.reconstruct
     runs.check_folder(args.out, config, args.resume)
+    if args.reconstruct and not method.calibrated:
+        raise ValueError(f"--reconstruct: {args.method} shows a block no text; reconstruct behind another method")
     calibration, held_out = documents(args, [method])
     log_to_stderr()
     planned = oneshot.Pruning(
@@ -51,6 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         calibration,
         held_out,
         recipe,
+        then=[Reconstruction()] if args.reconstruct else [],
         trust_remote_code=args.trust_remote_code,
         progress=True,
     )

@@ -45,6 +45,7 @@ def test_prune_leaves_a_stock_checkpoint_a_packed_one_and_what_it_counted(
     tmp_path: Path, tiny_llama: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = prune(tiny_llama, tmp_path, "--method", "sparsegpt", "--sparsity", "0.7", "--calibration", str(text))
+    command += ["--reconstruct"]
     assert cli.main([*command, "--eval-data", str(text), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
@@ -54,6 +55,7 @@ def test_prune_leaves_a_stock_checkpoint_a_packed_one_and_what_it_counted(
     assert "SparseLinear" in {type(module).__name__ for module in packed.modules()}
     ids = torch.randint(200, (1, 16))
     assert torch.allclose(packed(ids).logits, dense(ids).logits, atol=1e-5)
+    assert all(block["figures"]["after_mlp"] < block["figures"]["before_mlp"] for block in summary["blocks"])
     assert summary["ppl_pruned"] > 1 and summary["evaluation"] == {"tokens": 639, "window": 64, "stride": 64}
     assert summary["calibration"] == {"windows": 6, "tokens": 6 * 32}
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
@@ -110,6 +112,7 @@ def test_compare_writes_one_table_and_one_picture(
         (["--sparsity", "0", "--method", "magnitude"], "sparsity is 0.0; expected a number between 0 and 1"),
         (["--sparsity", "1", "--method", "magnitude"], "sparsity is 1.0; expected a number between 0 and 1"),
         (["--pattern", "3:5", "--method", "magnitude", "--sparsity", "0.4"], "has 32 inputs, which groups of 5 do not"),
+        (["--method", "magnitude", "--reconstruct"], "--reconstruct: magnitude shows a block no text"),
         (["--calibration-windows", "0"], "calibration_windows is 0; expected at least 1"),
         (
             ["--calibration", "TEXT", "--calibration-windows", "999"],
