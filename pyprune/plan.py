@@ -11,6 +11,7 @@ finest axis would miss it. With `uniform` widths (the default) the result is a c
 from __future__ import annotations
 
 import bisect
+import copy
 import dataclasses
 import itertools
 import json
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from pyprune import removal, surgery
+from pyprune import evaluation, removal, surgery
 from pyprune.architectures import Decoder, describe, weight_of
 
 AXES = ("heads", "channels", "hidden", "layers")
@@ -199,8 +200,10 @@ def widths_for(
     if target.kind == "shape":
         return search.exact()
     if target.kind == "latency":
+        if not rules.uniform:
+            raise ValueError("target latency=: shapes are measured with uniform widths; pass uniform=True and no skip")
         if measure is None:
-            raise ValueError("target latency=: it is measured; pass calibration of `pyprune plan`, or measure=...")
+            raise ValueError("target latency=: it is measured; pass measure=plan.latency_of(model)")
         return search.measured(measure)
     return search.counted()
 
@@ -515,6 +518,7 @@ def make(
         target: see `Target.parse`.
         scores: of `criteria.score`.
         ranking: every block of the same widths (local), or one ranking of the whole model (global).
+        measure: for a target of latency, in place of `latency_of(model)`.
 
     Raises:
         ValueError: the target cannot be met, or there are no scores for an axis that shrinks.
@@ -522,6 +526,8 @@ def make(
     decoder, wanted = describe(model), Target.parse(target)
     if ranking not in ("local", "global"):
         raise ValueError(f"ranking is {ranking!r}; expected local or global")
+    if wanted.kind == "latency" and measure is None:
+        measure = latency_of(model)
     if wanted.kind == "shape":
         rules = dataclasses.replace(rules, axes=tuple(wanted.shape))
     if ranking == "global":
@@ -530,6 +536,30 @@ def make(
         layers = _scores_of(scores, "layers").argsort().tolist() if "layers" in rules.axes else None
         widths = widths_for(decoder, wanted, rules, layers=layers, measure=measure)
     return choose(decoder, target, widths, scores)
+
+
+def latency_of(
+    model: nn.Module, prompt_tokens: int = 256, new_tokens: int = 16, repeats: int = 3
+) -> Callable[[Widths], float]:
+    """Measures the time that a prompt and some new tokens take in a model of given uniform widths and random weights,
+    over that of `model`, side by side: what a target of latency needs."""
+
+    def measure(widths: Widths) -> float:
+        decoder, largest = describe(model), widths.largest()
+        config = copy.deepcopy(decoder.config)
+        config.head_dim, config.hidden_size = decoder.head_dim, largest["hidden"]
+        config.num_key_value_heads, config.num_hidden_layers = largest["heads"], largest["layers"]
+        config.num_attention_heads = largest["heads"] * decoder.groups()[0].writer.width // decoder.head_dim
+        config.intermediate_size = largest["channels"]
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: largest["layers"]]
+        weight = weight_of(decoder.embedding)
+        other = type(decoder.model)(config).to(weight)
+        times = evaluation.latency({"dense": model, "pruned": other}, prompt_tokens, new_tokens, repeats)
+        dense, pruned = (times[name].prefill + new_tokens * times[name].decode for name in ("dense", "pruned"))
+        return pruned / dense
+
+    return measure
 
 
 def choose(decoder: Decoder, target: str, widths: Widths, scores: Mapping[str, Tensor]) -> Plan:

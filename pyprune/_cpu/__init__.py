@@ -2,14 +2,16 @@
 
 from pyprune._cpu.bitmap import Bitmap
 from pyprune._cpu.hsm import Hsm
+from pyprune._cpu.lora_score import LoraScore
 from pyprune._cpu.nm import Nm
 from pyprune._cpu.nm_adamw import NmAdamw
 from pyprune._cpu.rank import Rank
 from pyprune._cpu.sparse_gemm import SparseGemm
 from pyprune._cpu.sparsegpt import SparseGpt
+from pyprune._cpu.transposable import Transposable
 
 
-class CpuKernels(Bitmap, Hsm, Nm, NmAdamw, Rank, SparseGemm, SparseGpt):
+class CpuKernels(Bitmap, Hsm, LoraScore, Nm, NmAdamw, Rank, SparseGemm, SparseGpt, Transposable):
     """See `pyprune.ops.Implementation`."""
 
     name = "cpu"

@@ -6,15 +6,21 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Collection
 from typing import Any
 
 
-def add_fields(parser: argparse.ArgumentParser, cls: type, defaults: dict[str, Any] | None = None) -> None:
-    """One option for every field of a dataclass that has a `help` in its metadata."""
+def add_fields(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    defaults: dict[str, Any] | None = None,
+    without: Collection[str] = (),
+) -> None:
+    """One option for every field of a dataclass that has a `help` in its metadata, but those named in `without`."""
     group = parser.add_argument_group(f"{cls.__name__} options")
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if "help" not in field.metadata:
+        if "help" not in field.metadata or field.name in without:
             continue
         default = (defaults or {}).get(field.name, field.default)
         kind = _plain_type(hints[field.name])

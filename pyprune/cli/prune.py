@@ -7,11 +7,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from pyprune.cli import structured
 from pyprune.cli.fields import add_fields, from_fields
 from pyprune.cli.log import log_to_stderr
 from pyprune.methods import ONE_SHOT, find
 
-HELP = "prune single weights of a model without training, and pack it"
+HELP = "prune a model without training: single weights (packed), or whole heads, channels and hidden dimensions"
 
 
 def options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -20,8 +21,13 @@ def options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     method = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     method.add_argument("--method", default="wanda")
     chosen = method.parse_known_args(argv)[0].method
-    parser.add_argument("--method", default="wanda", choices=list(ONE_SHOT), help="how to prune (default: wanda)")
+    parser.add_argument(
+        "--method", default="wanda", choices=[*ONE_SHOT, *structured.METHODS], help="how to prune (default: wanda)"
+    )
     add_run_options(parser)
+    if chosen in structured.METHODS:
+        structured.add_options(parser, chosen)
+        return
     parser.add_argument(
         "--reconstruct", action="store_true", help="train what survives of each attention and MLP on the same text"
     )
@@ -41,6 +47,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.method in structured.METHODS:
+        return structured.run(args)
     from pyprune import oneshot, runs
     from pyprune.reconstruction import Reconstruction
 
@@ -95,6 +103,9 @@ def documents(args: argparse.Namespace, methods: list[Any]) -> tuple[list[Any], 
 
 
 def show(summary: dict[str, Any]) -> None:
+    if summary["method"] in structured.METHODS:
+        structured.show(summary)
+        return
     print(
         f"{summary['method']}\n{summary['zeros']:,} of {summary['size']:,} weights of the blocks' linears are zero "
         f"({summary['sparsity']:.4%}); {summary['bytes_dense'] / 1e6:,.1f} MB dense, "

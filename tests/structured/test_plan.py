@@ -10,9 +10,10 @@ from surgery.tiny_decoders import FAMILY_NAMES, logits, relative_error, tiny, to
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyprune import plan, removal
+from pyprune import evaluation, plan, removal
 from pyprune.architectures import describe
 from pyprune.criteria import score
+from pyprune.evaluation import Latency
 from pyprune.plan import Plan, Rules, Sizes, Target, Widths
 from pyprune.surgery import parameter_counts
 
@@ -167,6 +168,19 @@ def test_latency_is_met_by_what_was_measured() -> None:
     assert slower and all(measure(w) > 0.7 for w in slower) and len(asked) < 12
 
 
+def test_latency_measures_the_shape_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def latency(models: dict[str, nn.Module], prompt: int, new: int, repeats: int) -> dict[str, Latency]:
+        seen.update({name: Widths.of(describe(model)) for name, model in models.items()})
+        return {"dense": Latency(2.0, 0.5, [], []), "pruned": Latency(1.0, 0.25, [], [])}
+
+    monkeypatch.setattr(evaluation, "latency", latency)
+    wanted = Widths(16, (1,), (12,))
+    assert plan.latency_of(tiny("qwen3"), new_tokens=4)(wanted) == 0.5
+    assert seen == {"dense": Widths.of(describe(tiny("qwen3"))), "pruned": wanted}
+
+
 def test_targets_are_read() -> None:
     assert Target.parse("params=0.75") == Target("params", 0.75)
     assert Target.parse("bytes=2e9").limit(10) == 2e9 and Target.parse("bytes=0.5").limit(10) == 5
@@ -205,7 +219,7 @@ def test_bad_input() -> None:
         ({"target": "params=0.8", "axes": ("width",)}, "axes are width"),
         ({"target": "params=0.8", "axes": ()}, "axes are none"),
         ({"target": "params=0.8", "round_to": 0}, "round_to is 0"),
-        ({"target": "latency=0.5"}, "it is measured"),
+        ({"target": "latency=0.5", "uniform": False, "skip": (0, 1)}, "measured with uniform widths"),
     ):
         with pytest.raises(ValueError, match=message):
             made(model, **arguments)

@@ -1,0 +1,36 @@
+"""The `lora_score` family on the kernels of csrc/lora_score_cpu.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyprune._cpu.common import DTYPE_CODES, Kernels
+
+BLOCKS = 64
+"""Ranges of rows with sums of their own: enough for 64 threads, and independent of their number."""
+
+
+class LoraScore(Kernels):
+    """The family's ops."""
+
+    def lora_group_score(
+        self, weight: Tensor, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, scale: float, dim: int
+    ) -> Tensor:
+        outputs, inputs = weight.shape
+        blocks = max(1, min(BLOCKS, outputs))
+        difference = a - grad_a
+        out = a.new_empty(outputs) if dim == 0 else a.new_empty(blocks, inputs)
+        self.kernels.lora_group_score(
+            DTYPE_CODES[weight.dtype],
+            outputs,
+            inputs,
+            a.shape[0],
+            scale,
+            dim,
+            *(tensor.data_ptr() for tensor in (weight, a, b, difference, grad_a, grad_b)),
+            blocks,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out if dim == 0 else out.sum(0)

@@ -1,0 +1,106 @@
+"""`pyprune prune --method llm-pruner|slicegpt`: cut whole heads, channels or hidden dimensions without training."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pyprune.methods import find
+
+METHODS = ("llm-pruner", "slicegpt")
+
+
+def add_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """The method's own options, without those of LoRA, and what calibrates and measures."""
+    from pyprune.cli.fields import add_fields
+
+    add_fields(parser, find(name), without=_lora_options())
+    parser.add_argument("--window", type=int, default=256, metavar="N", help="tokens in a calibration window")
+    parser.add_argument("--windows", type=int, default=32, metavar="N", help="calibration windows (default: 32)")
+    parser.add_argument("--eval-window", type=int, default=512, metavar="N", help="tokens in a window of perplexity")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+
+
+def _lora_options() -> set[str]:
+    return {field.name for field in dataclasses.fields(find("lora"))}
+
+
+def method_of(args: argparse.Namespace) -> Any:
+    """The method that the options describe."""
+    method = find(args.method)
+    names = {field.name for field in dataclasses.fields(method)} - _lora_options()
+    return method(**{name: getattr(args, name) for name in names})
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Cuts, exports to OUT/model, and measures that checkpoint beside the dense one."""
+    from pyprune import runs
+
+    method = method_of(args)
+    config = {"command": "prune", "method": args.method, "model": args.model, **dataclasses.asdict(method)}
+    for key, path in (("calibration", args.calibration), ("eval_data", args.eval_data)):
+        config[key] = None if path is None else runs.file_digest(path)
+    config |= {key: getattr(args, key) for key in ("window", "windows", "eval_window", "dtype")}
+    runs.check_folder(args.out, config, args.resume)
+    runs.check_method(method, args.model, args.trust_remote_code)
+    with runs.open_run(args.out, config, args.resume) as run:
+        cut = run.stage("cut", lambda: _cut(args, method, run))
+        measured = run.stage("measure", lambda: _measure(args, run)) if args.eval_data else {}
+        summary = {**config, **cut, **measured, "model_pruned": str(run.model)}
+        runs.write_json(run.folder / "summary.json", summary)
+    return summary
+
+
+def _cut(args: argparse.Namespace, method: Any, run: Any) -> dict[str, Any]:
+    import shutil
+
+    from pyprune import models, surgery
+    from pyprune.architectures import describe
+    from pyprune.plan import Widths
+
+    model = models.open_model(args.model, args.dtype, args.trust_remote_code)
+    before = surgery.parameter_counts(model)["total"]
+    model = method.cut(model, _windows(args))
+    shutil.rmtree(run.model, ignore_errors=True)  # of a run that was stopped between the export and its record
+    surgery.export(model, models.open_tokenizer(args.model, args.trust_remote_code), run.model)
+    after = surgery.parameter_counts(model)["total"]
+    return {"params_dense": before, "params_pruned": after, "widths": Widths.of(describe(model)).largest()}
+
+
+def _stream(args: argparse.Namespace, path: Path) -> Any:
+    from pyprune import data, models
+
+    tokenizer = models.open_tokenizer(args.model, args.trust_remote_code)
+    return data.encode(data.read_documents(path, tokenizer), tokenizer)
+
+
+def _windows(args: argparse.Namespace) -> list[Any] | None:
+    if args.calibration is None:
+        return None
+    return list(_stream(args, args.calibration).windows(args.window).ids[: args.windows].split(4))
+
+
+def _measure(args: argparse.Namespace, run: Any) -> dict[str, Any]:
+    from pyprune import evaluation, models
+
+    text, found = _stream(args, args.eval_data), {}
+    for name, path in (("dense", args.model), ("pruned", run.model)):
+        model = models.open_model(path, args.dtype, args.trust_remote_code)
+        measured = evaluation.perplexity(model, text.ids, args.eval_window, labels=text.labels, bos=text.bos)
+        found[f"ppl_{name}"] = measured.value
+    return found | {"eval_tokens": measured.tokens}
+
+
+def show(summary: dict[str, Any]) -> None:
+    """What is left, and its perplexity."""
+    dense, pruned = summary["params_dense"], summary["params_pruned"]
+    widths = ", ".join(f"{axis} {count}" for axis, count in summary["widths"].items())
+    print(f"{summary['method']}: {dense:,} -> {pruned:,} parameters ({pruned / dense:.4f}); {widths}")
+    if "ppl_pruned" in summary:
+        print(
+            f"perplexity {summary['ppl_dense']:.2f} dense, {summary['ppl_pruned']:.2f} pruned, on "
+            f"{summary['eval_tokens']:,} held-out tokens, window {summary['eval_window']}"
+        )
+    print(f"checkpoint: {summary['model_pruned']}")

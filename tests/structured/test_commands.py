@@ -1,0 +1,144 @@
+"""`pyprune plan`, `pyprune prune` by whole groups, and `pyprune tune --method loraprune`, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from pyprune.architectures import describe
+from pyprune.cli import main
+from pyprune.models import open_model
+from pyprune.surgery import parameter_counts
+
+
+@pytest.fixture
+def text(tmp_path: Path, prose: str) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(prose, encoding="utf-8")
+    return str(path)
+
+
+def answer(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> dict[str, Any]:
+    assert main([*argv, "--json"] if code == 0 else argv) == code
+    out, err = capsys.readouterr()
+    return json.loads(out) if code == 0 else {"error": err}
+
+
+def test_plan_prints_saves_and_applies(
+    tiny_llama: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, small = tmp_path / "plan.json", tmp_path / "small"
+    common = ("plan", str(tiny_llama))
+    found = answer(
+        capsys,
+        *common,
+        "--target",
+        "params=0.8",
+        "--round-to",
+        "4",
+        "--calibration",
+        text,
+        "--window",
+        "64",
+        "--save",
+        str(saved),
+    )
+    assert found["params"][1] <= 0.8 * found["params"][0] and "-> " in found["table"]
+    assert parameter_counts(open_model(tiny_llama))["total"] == found["params"][0]  # nothing was cut
+    assert answer(capsys, *common, "--apply", str(saved), "--out", str(small))["out"] == str(small)
+    model = AutoModelForCausalLM.from_pretrained(small)
+    assert parameter_counts(model)["total"] == found["params"][1]
+    assert main(["plan", str(tiny_llama), "--target", "layers=1", "--axes", "layers", "--calibration", text]) == 0
+    assert "gone" in capsys.readouterr().out
+    for wrong, message in (
+        (("--target", "params=0.8", "--out", str(small)), "belong together"),
+        (("--apply", str(saved), "--out", str(small)), "not an empty folder"),
+        (("--target", "params=2"), "nothing would go"),
+        (("--target", "params=0.8", "--criterion", "taylor"), "needs token ids"),
+        (("--target", "params=0.8", "--skip", "first"), "--skip first: expected numbers"),
+        (("--apply", text, "--out", str(tmp_path / "other")), "not a plan that pyprune wrote"),
+    ):
+        assert message in answer(capsys, *common, *wrong, code=2)["error"]
+
+
+@pytest.mark.parametrize("method", ["llm-pruner", "slicegpt"])
+def test_prune_by_whole_groups(
+    method: str, tiny_llama: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = (
+        "prune",
+        str(tiny_llama),
+        "--method",
+        method,
+        "--target",
+        "params=0.8",
+        "--round-to",
+        "4",
+        "--calibration",
+        text,
+        "--eval-data",
+        text,
+        "--window",
+        "64",
+        "--windows",
+        "8",
+        "--eval-window",
+        "64",
+        "--out",
+        str(out),
+    )
+    found = answer(capsys, *command)
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert parameter_counts(model)["total"] == found["params_pruned"] <= 0.8 * found["params_dense"]
+    assert found["ppl_pruned"] != found["ppl_dense"]
+    assert answer(capsys, *command, "--resume") == found
+    assert "is not empty" in answer(capsys, *command, code=2)["error"]
+    other = tuple("params=0.7" if word == "params=0.8" else word for word in command)
+    assert "target was 'params=0.8' and is now 'params=0.7'" in answer(capsys, *other, "--resume", code=2)["error"]
+
+
+def test_tune_by_loraprune(tiny_llama: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    found = answer(
+        capsys,
+        "tune",
+        str(tiny_llama),
+        "--method",
+        "loraprune",
+        "--target",
+        "heads=1,channels=32",
+        "--data",
+        text,
+        "--out",
+        str(out),
+        "--baselines",
+        "none",
+        "--steps",
+        "6",
+        "--batch-size",
+        "2",
+        "--window",
+        "32",
+        "--warmup",
+        "1",
+        "--mask-every",
+        "2",
+        "--eval-window",
+        "64",
+        "--prompt-tokens",
+        "8",
+        "--new-tokens",
+        "2",
+        "--repeats",
+        "1",
+    )
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert [group.count for group in describe(model).groups()] == [1, 32, 1, 32]
+    assert found["params_pruned"] == parameter_counts(model)["total"]
+    assert found["widths_pruned"] == {"heads": 1, "channels": 32, "hidden": 32, "layers": 2}
+    assert found["target"] == "heads=1,channels=32" and 0 < found["params_removed"] < 1
