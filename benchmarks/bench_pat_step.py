@@ -161,9 +161,8 @@ def peaks(case: Case, trained: int) -> dict[str, float | None]:
     return found
 
 
-def time_steps(case: Case, rounds: int, cpu_time: bool) -> tuple[list[Row], int]:
-    """Measures one case, prints its lines; returns them and how many parameters PAT trains."""
-    print(f"\nPAT step, {case}")
+def time_steps(case: Case, rounds: int, cpu_time: bool) -> list[Row]:
+    """Measures one case, prints its lines, and returns them."""
     tunings = contenders(case)
     operations = {name: floating_point_operations(tuning.step) for name, tuning in tunings.items()}
     steps = {name: tuning.step for name, tuning in tunings.items()}
@@ -183,12 +182,12 @@ def time_steps(case: Case, rounds: int, cpu_time: bool) -> tuple[list[Row], int]
             f"{1 / limit:.2f}x; goal {goal:.2f}x, {1 / goal:.2f}x: {'met' if ratio <= goal else 'not met'})"
         )
         found[f"limit of {name}"] = tuple(limit * time for time in found[other])
-    rows = [Row("pat step", str(case), name, unit, *values) for name, values in found.items()]
-    return rows, trained["before"]
+    return [Row("pat step", str(case), name, unit, *values) for name, values in found.items()]
 
 
-def memory(case: Case, trained: int) -> list[Row]:
+def memory(case: Case) -> list[Row]:
     """Measures the contenders' memory, prints its lines, and returns them."""
+    trained = contender(case, "before", 0).parameters()
     found = {name: value for name, value in peaks(case, trained).items() if value is not None}
     for name, value in found.items():
         print(f"  {name:7} {value:9.0f} MiB at most, {value / found['before']:.2f}x PAT before the milestone")
@@ -206,7 +205,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="processor time, for one thread on a busy machine")
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
+    parser.add_argument("--time", action=argparse.BooleanOptionalAction, default=True, help="measure time")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory")
     parser.add_argument("--save", action="store_true", help="append to results.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -216,9 +216,10 @@ def main() -> None:
         for dtype in arguments.dtypes:
             for basis in arguments.bases:
                 case = Case(shape, dtype, basis, arguments.tokens, arguments.window, arguments.threads)
-                timed, trained = time_steps(case, arguments.rounds, arguments.cpu_time)
+                print(f"\nPAT step, {case}")
+                rows += time_steps(case, arguments.rounds, arguments.cpu_time) if arguments.time else []
                 gc.collect()
-                rows += timed + (memory(case, trained) if arguments.memory else [])
+                rows += memory(case) if arguments.memory else []
     if arguments.save:
         append(rows)
 

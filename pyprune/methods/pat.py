@@ -127,6 +127,16 @@ class PAT(Pruning):
         if self.rank is not None and self.rank > hidden_size:
             raise ValueError(f"rank is {self.rank}; expected at most the hidden size, {hidden_size}")
 
+    def check_steps(self, steps: int) -> int:
+        """The step of the milestone in a training of `steps`. Raises ValueError when none is left behind it."""
+        milestone = max(1, round(self.milestone * steps))
+        if milestone >= steps:
+            raise ValueError(
+                f"milestone {self.milestone:g} of steps={steps} is step {milestone}, which leaves none behind it; "
+                "train more steps or lower the milestone"
+            )
+        return milestone
+
     def prepare(
         self, model: nn.Module, calibration: Sequence[Tensor] | None = None, resume: Path | None = None
     ) -> nn.Module:
@@ -259,7 +269,8 @@ class _Tuning:
         self.frozen = True
 
     def save(self, folder: Path) -> None:
-        """Writes what `prepare(resume=folder)` needs."""
+        """Writes what `prepare(resume=folder)` needs: also the basis, though it never changes, because a checkpoint is
+        to be complete without its neighbours. In fp64: a rounded one would be rounded differently into the weights."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.structure.items()}
         save_file(tensors, folder / STRUCTURE)
 
@@ -301,9 +312,7 @@ class _Callback(TrainerCallback):
                 f"{args.world_size} processes train one model; DistributedDataParallel gathers gradients in buffers "
                 "that cannot follow it into smaller shapes, so use compact=False"
             )
-        self.milestone = max(1, round(self.tuning.options.milestone * state.max_steps))
-        if self.milestone >= state.max_steps:
-            raise ValueError(f"milestone: {self.milestone} of {state.max_steps} steps; train at least 2 steps")
+        self.milestone = self.tuning.options.check_steps(state.max_steps)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 
 from pyprune import methods
 from pyprune.cli import fields, main
+from pyprune.cli.log import log_to_stderr
+from pyprune.models import open_model
 from pyprune.runs import Recipe
 
 SUMMARY = {
@@ -157,6 +159,7 @@ def test_bad_models_are_refused_and_nothing_written(
         ("--lora-dropout 1", "lora_dropout is 1.0; expected"),
         ("--steps 0", "steps is 0; expected at least 1"),
         ("--window 1", "window is 1; expected at least 2"),
+        ("--method pat --round-to 8 --steps 1", "milestone 0.333333 of steps=1 is step 1, which leaves none behind it"),
         ("--learning-rate -1", "learning_rate is -1.0; expected a positive"),
         ("--batch-size 9999", "fewer than batch_size=9999"),
         ("--baselines lora,wanda", "'wanda' is unknown; expected lora"),
@@ -265,6 +268,19 @@ def test_the_table_shows_the_figures(
         f"{summary['prefill_speedup']:.2f}x",
     ):
         assert figure in shown
+
+
+def test_loading_weights_leaves_stderr_to_us(tiny_llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils.logging import enable_progress_bar
+
+    enable_progress_bar()
+    open_model(tiny_llama)
+    assert "Loading weights" in capfd.readouterr().err
+    log_to_stderr()
+    open_model(tiny_llama)
+    assert capfd.readouterr().err == ""
+    assert not are_progress_bars_disabled()  # downloads still show theirs
 
 
 def test_another_configuration_is_refused(

@@ -186,6 +186,42 @@ def test_folding_the_learned_basis_keeps_the_function(compact: bool) -> None:
     torch.testing.assert_close(logits(model), before, **FP32)
 
 
+@pytest.mark.parametrize("compact", [True, False])
+def test_moments_follow_the_learned_basis(compact: bool) -> None:
+    """After the milestone Adam's first moment is the gradient's mean in the new basis, and its second moment mixes the
+    squares as if the old entries were uncorrelated; in the compact shapes too, for adapters and HSMs."""
+    method = pat("learned", compact=compact)
+    model = prepared(method).eval()
+    tuning = method._tuning
+    assert tuning is not None
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".v") or "lora_B" in name:
+                parameter.normal_(0, 0.2, generator=generator)
+        tuning.selection.value = torch.linalg.qr(torch.randn(WIDTH, WIDTH - KEPT, generator=generator)).Q
+    tuning.selection.mask = 0.0
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.0, betas=(0.9, 0.99))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        optimizer.zero_grad()
+        model(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in trained.items()}
+
+    before = gradients()
+    optimizer.step()
+    tuning.freeze(optimizer)
+    rotation, largest = tuning.structure["rotation"], {name: g.abs().max() for name, g in before.items()}
+    for name, gradient in gradients().items():
+        moment = optimizer.state[trained[name]]["exp_avg"] / 0.1
+        torch.testing.assert_close(moment, gradient, rtol=1e-4, atol=1e-4 * largest[name].item(), msg=name)
+    name, l0 = next((name, parameter) for name, parameter in trained.items() if name.endswith("l0"))
+    old = before[name].double().square()
+    second = optimizer.state[l0]["exp_avg_sq"].double() / 0.01
+    torch.testing.assert_close(second, old @ rotation.square(), rtol=1e-4, atol=1e-12)
+
+
 def test_identity_loss_reaches_every_hsm(tmp_path: Path) -> None:
     method = pat("pca", identity_weight=5.0)
     prepared(method)
@@ -301,6 +337,9 @@ def test_bad_input(tmp_path: Path) -> None:
         pat().callback()
     with pytest.raises(RuntimeError, match="keeps 8 channels at the milestone, not 5"):
         UnifiedMask(8, 5, 0.1).freeze()
+    with pytest.raises(ValueError, match=r"milestone 0.333333 of steps=1 is step 1, which leaves none behind it"):
+        pat().check_steps(1)
+    assert pat(milestone=0.9).check_steps(20) == 18
     method = pat()
     model = prepared(method)
     with pytest.raises(RuntimeError, match="has not reached the milestone"):
