@@ -42,6 +42,11 @@ def seconds(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def unit_of(model: nn.Module) -> str:
+    """Of `seconds`."""
+    return "CPU s" if next(model.parameters()).is_cpu else "s"
+
+
 class Passes:
     """A step of the engine that times passes over the first block."""
 
@@ -75,12 +80,12 @@ def passes(model: nn.Module, batches: list[Tensor], case: str, rounds: int) -> l
         prune(model, method, batches, then=[step])
     finally:
         type(method).calibrated = False
-    rows = []
+    rows, unit = [], "tokens/" + unit_of(model)
     for name, taken in step.seconds.items():
         ratio = sorted(taken)[len(taken) // 2] / sorted(step.seconds["plain forward"])[len(taken) // 2]
         note = f" (goal {GOAL})" if name == "norms" else ""
         print(f"  {name}: {1 / ratio:.2f} of the plain forward's speed{note}")
-        rows.append(Row("calibration pass", case, name, "tokens/s", *percentiles([tokens / value for value in taken])))
+        rows.append(Row("calibration pass", case, name, unit, *percentiles([tokens / value for value in taken])))
     return rows
 
 
@@ -89,8 +94,8 @@ def blocks(model: nn.Module, batches: list[Tensor], case: str, name: str) -> lis
     device = next(model.parameters()).device
     with peak_memory(device) as peak:
         taken = seconds(lambda: prune(model, find(name)(), batches), device) / len(describe_blocks(model).blocks)
-    print(f"  {name}: {taken:.2f} s per block, peak {(peak.bytes or 0) / 2**30:.2f} GiB")
-    rows = [Row("one-shot block", case, name, "s", taken, taken, taken)]
+    print(f"  {name}: {taken:.2f} {unit_of(model)} per block, peak {(peak.bytes or 0) / 2**30:.2f} GiB")
+    rows = [Row("one-shot block", case, name, unit_of(model), taken, taken, taken)]
     if peak.bytes is not None:
         gigabytes = peak.bytes / 2**30
         rows.append(Row("one-shot peak memory", case, name, "GiB", gigabytes, gigabytes, gigabytes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -12,13 +13,19 @@ def keep_highest(scores: Tensor, drop: int) -> Tensor:
     if drop == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = _kth_lowest(scores, drop)
-    below, equal = scores < threshold, scores == threshold
-    room = drop - below.sum(1, keepdim=True)
-    return ~(below | (equal & (equal.cumsum(1) <= room)))
+    gone = scores <= threshold
+    tied = gone.sum(1) != drop
+    if bool(tied.any()):
+        equal, below = scores[tied] == threshold[tied], scores[tied] < threshold[tied]
+        room = drop - below.sum(1, keepdim=True)
+        gone[tied] = below | (equal & (equal.cumsum(1) <= room))
+    return ~gone
 
 
 def _kth_lowest(scores: Tensor, k: int) -> Tensor:
-    """[r, 1]. Selecting is fastest on a CPU; a GPU selects with one block for each row, but sorts with all of them."""
-    if scores.is_cuda:
+    """[r, 1]. numpy selects several times faster than torch on a CPU; a GPU sorts faster than it selects, one block for
+    each row."""
+    if not scores.is_cpu:
         return scores.sort(dim=1).values[:, k - 1 : k]
-    return scores.kthvalue(k, dim=1, keepdim=True).values
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32)).numpy()
+    return torch.from_numpy(numpy.partition(wide, k - 1, axis=1)[:, k - 1 : k]).to(scores.dtype)
