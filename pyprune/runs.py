@@ -234,6 +234,9 @@ class Experiment:
         self.dense, self.corpus, self.recipe, self.name, self.method = dense, corpus, recipe, name, method
         self.baselines = [baseline for baseline in baselines if baseline != name]
         self.trust_remote_code, self.progress = trust_remote_code, progress
+        check_steps = getattr(method, "check_steps", None)
+        if check_steps is not None:
+            check_steps(recipe.steps)
         self.tokenizer = open_tokenizer(dense, trust_remote_code)
         train = encode(corpus.train, self.tokenizer)
         self.train_tokens = len(train)
