@@ -168,3 +168,51 @@ def test_quality_refuses_runs_that_are_no_comparison(script: Any) -> None:
     summaries = [{**same, "evaluation": {"tokens": tokens}} for tokens in (100, 101)]
     with pytest.raises(SystemExit, match="evaluation"):
         module.check(summaries)
+
+
+def test_blockwise(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = script("bench_blockwise", "--shape toy --windows 2 --window 16 --rounds 2 --threads 1 --methods wanda")
+    passes = [row["provider"] for row in kept if row["benchmark"] == "calibration pass"]
+    assert passes == ["plain forward", "replay", "norms", "Gram matrices"]
+    assert {row["unit"] for row in kept} <= {"tokens/CPU s", "CPU s", "GiB"}
+    assert "of the plain forward's speed (goal 0.9)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def oneshot(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path, prose: str) -> Any:
+    """The table of one-shot methods on a tiny model; call it with options to get the csv's rows."""
+    module = importlib.import_module("oneshot_quality")
+    documents = [Document(text) for text in prose.split("\n\n")]
+    monkeypatch.setattr(module, "CSV", tmp_path / "oneshot_quality.csv")
+    monkeypatch.setattr(module.data, "demo_text", lambda: Corpus(documents[:4], documents[4:8], documents[8:], "prose"))
+    options = "--calibration-windows 4 --calibration-window 16 --eval-window 32 --eval-tokens 320 --dtype float32"
+    options += f" --threads 1 --model {tiny_llama} --out {tmp_path / 'trials'}"
+
+    def run(arguments: str) -> list[dict[str, str]]:
+        monkeypatch.setattr(sys, "argv", ["oneshot_quality.py", *f"{options} {arguments}".split()])
+        module.main()
+        return module.read_csv(module.CSV)
+
+    return run
+
+
+def test_oneshot_quality(oneshot: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = "--methods wanda wanda-owl wanda-reconstructed --levels 0.5 2:4"
+    cells = oneshot(chosen)
+    assert {(cell["method"], cell["level"]) for cell in cells} == {
+        ("dense", "0"),
+        *(("wanda", level) for level in ("0.5", "2:4")),
+        *(("wanda-reconstructed", level) for level in ("0.5", "2:4")),
+        ("wanda-owl", "0.5"),
+    }
+    assert {cell["sparsity"] for cell in cells} == {"0.000000", "0.500000"}
+    lines = capsys.readouterr().out.splitlines()
+    assert "|  | 50% | 2:4 |" in lines
+    wanda = next(cell for cell in cells if (cell["method"], cell["level"]) == ("wanda", "2:4"))
+    row = next(line for line in lines if line.startswith("| Wanda |"))
+    assert f"{float(wanda['perplexity']):.1f}" in row
+    assert (tmp_path / "oneshot_quality.png").read_bytes().startswith(b"\x89PNG")
+    before = (tmp_path / "oneshot_quality.csv").read_text()
+    assert oneshot(chosen) and (tmp_path / "oneshot_quality.csv").read_text() == before  # nothing is pruned again
+    with pytest.raises(SystemExit, match="holds trials of Recipe"):
+        oneshot(f"{chosen} --seed 1")
