@@ -37,9 +37,9 @@ class BESA(OneShot):
         "outputs to match: of the dense block on what comes through the pruned ones, or of the dense model",
         choices=["pruned", "dense"],
     )
-    epochs: int = option(4, "passes over the calibration batches for each block")
-    learning_rate: float = option(0.02, "Adam's step on the logits, falling to 0")
-    spread: float = option(0.1, "standard deviation, at first, of the distribution over rates")
+    epochs: int = option(1, "passes over the calibration batches for each block")
+    learning_rate: float = option(0.3, "Adam's step on the logits, falling to 0")
+    spread: float = option(0.3, "standard deviation, at first, of the distribution over rates")
     temperature: float = option(1.0, "of the softmax over rates")
     penalty: float = option(5.0, "weight of the squared relative deviation from the sparsity")
     bits: int = option(0, "also round what survives to so many bits, with learnt clipping (0: do not)")
@@ -180,11 +180,12 @@ def mean_rate(beta: Tensor) -> Tensor:
 def start_logits(sparsity: float, spread: float, temperature: float) -> Tensor:
     """fp64 [STEPS + 1]: of a normal distribution over the rates, cut off at 0 and 1, whose mean is the sparsity."""
     rates = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)
-    low, high = -10.0, 11.0
-    for _ in range(60):
-        centre = (low + high) / 2
-        logits = -((rates - centre) ** 2) / (2 * spread**2)
-        low, high = (centre, high) if float(mean_rate(logits.softmax(0))) < sparsity else (low, centre)
+    logits = torch.empty_like(rates)
+    low, high = -1000 - 2 / spread**2, 1000 + 2 / spread**2
+    for _ in range(100):
+        tilt = (low + high) / 2
+        logits = tilt * rates - rates**2 / (2 * spread**2)
+        low, high = (tilt, high) if float(mean_rate(logits.softmax(0))) < sparsity else (low, tilt)
     return (logits - logits.max()) * temperature
 
 
