@@ -152,8 +152,12 @@ class Gram:
         self.total = like.new_zeros(like.shape[-1], like.shape[-1], dtype=dtype)
 
     def add(self, x: Tensor) -> None:
-        x = x.to(self.total.dtype)
-        self.total.addmm_(x.T, x)
+        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+            # tensor cores sum in fp32, where products of two half-precision numbers are exact
+            self.total += torch.mm(x.T, x, out_dtype=self.total.dtype)
+        else:
+            x = x.to(self.total.dtype)
+            self.total.addmm_(x.T, x)
 
 
 # ---------------------------------------------------------------------------------------------------- several processes
