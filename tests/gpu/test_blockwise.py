@@ -13,6 +13,8 @@ from pyprune.calibration import Gram
 from pyprune.methods.sparsegpt import SparseGPT
 from pyprune.methods.wanda import Wanda
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gram_matrices_of_half_precision_are_summed_in_fp32(dtype: torch.dtype) -> None:
