@@ -22,6 +22,7 @@ _EXPORTS = {
     "Magnitude": "methods.magnitude",
     "PAT": "methods.pat",
     "PruneThenTune": "methods.prune_then_tune",
+    "Reconstruction": "reconstruction",
     "SparseLinear": "modules",
     "SliceGPT": "methods.slicegpt",
     "SparseGPT": "methods.sparsegpt",

@@ -26,7 +26,7 @@ ROWS = [
     ["packing", "models"],
     ["checkpoint", "vllm"],
     ["blockwise", "distillation"],
-    ["optim"],
+    ["optim", "reconstruction"],
     ["methods.ast", "methods.lora", "methods.magnitude", "methods.wanda", "methods.sparsegpt", "methods.admm"],
     ["methods.pat", "methods.loraprune", "methods.besa"],
     ["methods.prune_then_tune", "methods.llm_pruner", "methods.slicegpt"],
