@@ -1,12 +1,12 @@
 # make        the environment, with everything built        make test   style, types and tests
 # make demo   tune and prune a real model and compare       make bench  speed of the kernels
 # make lint   style and types        make format  put the style right        make clean  remove what make made
+# make gpu-check   all that needs a GPU, in less than ten minutes, with the python3 that has torch there
 #
 # A fresh machine needs python3 (3.10 or later) and g++; nvcc, if there is one, adds the CUDA kernels.
 
 PYTHON ?= python3
 VENV ?= .venv
-OUT ?= runs/demo
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*)
 NATIVE := $(wildcard csrc/* tests/simt/*.h tests/simt/*.cu tests/simt/*.cpp)
@@ -14,7 +14,7 @@ CLANG := $(filter %.h %.cuh %.cu %.cpp,$(NATIVE))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: install venv test demo lint format bench clean
+.PHONY: install venv test demo lint format bench gpu-check clean
 
 install: $(VENV)/built
 
@@ -38,7 +38,7 @@ test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST)
 
 demo: install
-	$(BIN)/pyprune demo --out $(OUT) --resume
+	$(BIN)/pyprune demo --out $(or $(OUT),runs/demo) --resume
 
 lint: install
 	$(BIN)/ruff check .
@@ -53,6 +53,9 @@ format: install
 
 bench: install
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script --save || exit 1; done
+
+gpu-check:
+	PYTHON=$(PYTHON) tests/gpu/check.sh $(or $(OUT),runs/gpu-check)
 
 clean:
 	rm -rf $(VENV) build *.egg-info pyprune/*.so

@@ -23,6 +23,8 @@ TOKENS_AT_A_TIME = 48
 """What the bf16 products work on at a time (kPanel), filled up with zeros."""
 FEWEST_TOKENS = TOKENS_AT_A_TIME
 """Fewer rows are left to torch's products."""
+SMALL_PRODUCT = 1 << 19
+"""Multiplications below which the call of oneDNN costs more than its speed gains."""
 PARTIAL_SUMS = 64
 """Partial rows of a column sum: enough for 64 threads, and independent of their number, so sums are reproducible."""
 
@@ -32,7 +34,7 @@ def _onednn_linear(a: Tensor, b: Tensor) -> Tensor | None:
 
     `torch.mm` sends fp32 to MKL, which on AMD processors runs at half of oneDNN's speed and elsewhere at the same.
     """
-    if a.dtype != torch.float32 or a.numel() == 0 or not torch.backends.mkldnn.enabled:
+    if a.dtype != torch.float32 or a.numel() * len(b) < SMALL_PRODUCT or not torch.backends.mkldnn.enabled:
         return None
     linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     return linear(a, b, None, "none", [], "") if linear else None

@@ -204,24 +204,20 @@ define(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gradients
+# Gradients. `forward` fills its context itself: with a `setup_context` torch binds the arguments to the signature at
+# every call, which takes longer than all else that a call does on the host.
 
 
 class _Hsm(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.pyprune.hsm(x, l0, v, l1, mask)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, l0, v, l1, mask = inputs
-        _, h = output
-        ctx.mark_non_differentiable(h)
+    def forward(ctx: Any, x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> Tensor:
+        y, h = torch.ops.pyprune.hsm(x, l0, v, l1, mask)
         ctx.save_for_backward(x, h, l0, v, l1, mask)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_h: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad)
         gradients = torch.ops.pyprune.hsm_backward(grad_y, *ctx.saved_tensors, wanted)
         return only(wanted, gradients)
@@ -230,22 +226,25 @@ class _Hsm(torch.autograd.Function):
 class _HsmResidualRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, residual: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.pyprune.hsm_residual_rmsnorm(x, l0, v, l1, mask, residual, weight, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, _, l0, v, l1, mask, weight, _ = inputs
-        residual_out, _, h, rstd = output
-        ctx.mark_non_differentiable(h, rstd)
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        l0: Tensor,
+        v: Tensor,
+        l1: Tensor,
+        mask: Tensor,
+        weight: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        residual_out, normed, h, rstd = torch.ops.pyprune.hsm_residual_rmsnorm(
+            x, l0, v, l1, mask, residual, weight, eps
+        )
         ctx.save_for_backward(x, h, residual_out, rstd, l0, v, l1, mask, weight)
+        return residual_out, normed
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_residual_out: Tensor, grad_normed: Tensor, grad_h: Tensor, grad_rstd: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_residual_out: Tensor, grad_normed: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:7])
         gradients = torch.ops.pyprune.hsm_residual_rmsnorm_backward(
             grad_residual_out, grad_normed, *ctx.saved_tensors, wanted
@@ -271,7 +270,7 @@ def hsm(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: an argument's dtype, device or shape is not the above.
     """
-    y, _ = _Hsm.apply(x.reshape(-1, x.shape[-1]), l0, v, l1, mask)
+    y = _Hsm.apply(x.reshape(-1, x.shape[-1]), l0, v, l1, mask)
     return y.view(*x.shape[:-1], l1.shape[0])
 
 
@@ -296,7 +295,7 @@ def hsm_residual_rmsnorm(
     shape = (*x.shape[:-1], l1.shape[0])
     if tuple(residual.shape) != shape:
         raise ValueError(f"hsm_residual_rmsnorm: residual has shape {list(residual.shape)}, expected {list(shape)}")
-    residual_out, normed, _, _ = _HsmResidualRmsNorm.apply(
+    residual_out, normed = _HsmResidualRmsNorm.apply(
         x.reshape(-1, x.shape[-1]), residual.reshape(-1, shape[-1]), l0, v, l1, mask, weight, eps
     )
     return residual_out.view(shape), normed.view(shape)

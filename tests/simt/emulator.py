@@ -69,7 +69,7 @@ def build() -> Path:
                 _run([*command, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
                 os.replace(unfinished, target)
 
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, SOURCES, objects))
         unfinished = Path(scratch, library.name)
         _run([compiler, "-shared", *map(str, objects), "-o", str(unfinished)])
