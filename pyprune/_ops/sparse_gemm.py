@@ -7,6 +7,7 @@ weight is a constant.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -81,12 +82,14 @@ def _check_gathered_linear(
 
 
 def _check_indices(name: str, index: Tensor | None, size: int) -> None:
-    """Raises IndexError for an index outside a dimension of `size`."""
+    """Raises for indices that do not rise (ValueError) or leave a dimension of `size` (IndexError)."""
     if index is None or index.numel() == 0:
         return
-    lowest, highest = (int(bound) for bound in index.aminmax())
-    if lowest < 0 or highest >= size:
-        raise IndexError(f"gathered_linear: {name} spans {lowest} to {highest}, expected 0 to {size - 1}")
+    first, last = int(index[0]), int(index[-1])
+    if not bool((index.diff() > 0).all()):
+        raise ValueError(f"gathered_linear: {name} does not rise; sort it and leave out repetitions")
+    if first < 0 or last >= size:
+        raise IndexError(f"gathered_linear: {name} spans {first} to {last}, expected 0 to {size - 1}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,12 +266,12 @@ def _select(weight: Tensor, in_index: Tensor | None, out_index: Tensor | None) -
 
 
 def _spread(part: Tensor, dim: int, index: Tensor | None, size: int) -> Tensor:
-    """The gradient of `index_select`: zeros of `size` along `dim`, with `part` added at the indices."""
+    """The gradient of `index_select`: zeros of `size` along `dim`, with `part` at the indices."""
     if index is None:
         return part
     shape = [*part.shape]
     shape[dim] = size
-    return part.new_zeros(shape).index_add(dim, index, part)
+    return part.new_zeros(shape).index_copy(dim, index, part)
 
 
 class _GatheredLinear(torch.autograd.Function):
@@ -301,9 +304,10 @@ class _GatheredLinear(torch.autograd.Function):
 # The functional API
 
 
-def _linear(function: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
-    """Applies a Function to the rows of x [..., in]."""
-    y = function(x.reshape(-1, x.shape[-1]), *arguments)
+def _linear(function: type[torch.autograd.Function], x: Tensor, *arguments: Any) -> Tensor:
+    """Applies a Function to the rows of x [..., in]; without gradients its forward alone, as `apply` costs 25 us."""
+    call: Callable[..., Tensor] = function.apply if torch.is_grad_enabled() else function.forward
+    y = call(x.reshape(prod(x.shape[:-1]), x.shape[-1]), *arguments)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -342,7 +346,7 @@ def nm_linear(x: Tensor, values: Tensor, metadata: Tensor, n: int, m: int, bias:
     """
     x_, bias = _like_values(values, x, bias)
     assert x_ is not None
-    return _linear(_NmLinear.apply, x_, values, metadata, bias, n, m)
+    return _linear(_NmLinear, x_, values, metadata, bias, n, m)
 
 
 def bitmap_linear(
@@ -370,7 +374,7 @@ def bitmap_linear(
     """
     x_, bias = _like_values(values, x, bias)
     assert x_ is not None
-    return _linear(_BitmapLinear.apply, x_, values, bitmap, offsets, bias, out_features, in_features)
+    return _linear(_BitmapLinear, x_, values, bitmap, offsets, bias, out_features, in_features)
 
 
 def masked_linear(
@@ -394,7 +398,7 @@ def masked_linear(
     """
     x_, weight_, bias = _autocast(x, weight, bias)
     assert x_ is not None
-    return _linear(_MaskedLinear.apply, x_, weight_, mask_bits, bias, dense_gradient)
+    return _linear(_MaskedLinear, x_, weight_, mask_bits, bias, dense_gradient)
 
 
 def gathered_linear(
@@ -406,21 +410,21 @@ def gathered_linear(
 ) -> Tensor:
     """y = x W[out_index][:, in_index]^T + bias[out_index]: a linear with channels removed, without a copy of the rest.
 
-    x has the kept inputs alone, and y the kept outputs, in the order of the indices. Takes part in autocast.
+    x has the kept inputs alone, and y the kept outputs. Takes part in autocast.
 
     Args:
         x: [..., kept inputs]; bf16, fp16, fp32 or fp64.
         weight: [out, in] in x's dtype.
-        in_index, out_index: int64 [kept], columns and rows of weight; None for all of them.
+        in_index, out_index: int64 [kept], rising: columns and rows of weight; None for all of them.
         bias: [out] in x's dtype, or None.
 
     Returns:
         [..., kept outputs] in x's dtype; sums are in fp32 (fp64 for fp64).
 
     Raises:
-        TypeError, ValueError: an argument's dtype, device or shape is not the above. IndexError: an index is out of
-            range.
+        TypeError, ValueError: an argument's dtype, device or shape is not the above, or indices do not rise. IndexError: an
+            index is out of range.
     """
     x_, weight_, bias = _autocast(x, weight, bias)
     assert x_ is not None
-    return _linear(_GatheredLinear.apply, x_, weight_, in_index, out_index, bias)
+    return _linear(_GatheredLinear, x_, weight_, in_index, out_index, bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyprune.reference.bits import is_nonzero, pack_bits, unpack_bits
+from pyprune.reference.bits import INTEGERS, is_nonzero, pack_bits, unpack_bits
 
 
 def index_bits(m: int) -> int:
@@ -54,16 +54,19 @@ def nm_compress(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]
     A group with fewer takes its zeros of lowest index along, as +0.
     """
     rows, columns = weight.shape
-    groups = weight.view(rows, columns // m, m)
+    # As integers: torch changes the bits of some NaNs when it gathers 16-bit floats.
+    groups = weight.view(INTEGERS[weight.element_size()]).view(rows, columns // m, m)
     nonzero = is_nonzero(weight).view(groups.shape)
     chosen = (~nonzero).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :n].sort(-1).values
-    values = torch.where(nonzero.gather(-1, chosen), groups.gather(-1, chosen), 0)
-    return values.flatten(1), pack_indices(chosen.flatten(1), m), first_true(nonzero.sum(-1) > n)
+    values = groups.gather(-1, chosen).masked_fill(~nonzero.gather(-1, chosen), 0)
+    metadata = pack_indices(chosen.flatten(1), m)
+    return values.flatten(1).view(weight.dtype), metadata, first_true(nonzero.sum(-1) > n)
 
 
 def nm_decompress(values: Tensor, metadata: Tensor, n: int, m: int) -> Tensor:
     """The dense weight [out, in], +0 where nothing was kept."""
     rows, kept = values.shape
     indices = unpack_indices(metadata, kept, m).view(rows, kept // n, n)
-    dense = values.new_zeros(rows, kept // n, m)
-    return dense.scatter_(-1, indices, values.view(rows, kept // n, n)).flatten(1)
+    bits = values.view(INTEGERS[values.element_size()]).view(rows, kept // n, n)
+    dense = bits.new_zeros(rows, kept // n, m).scatter_(-1, indices, bits)
+    return dense.flatten(1).view(values.dtype)

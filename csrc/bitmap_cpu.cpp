@@ -1,0 +1,114 @@
+// CPU kernels of the `bitmap` family, compiled once per instruction set (cpu_types.h).
+//
+// All are bound by memory. At s bytes an element and sparsity z: scan reads s bytes and writes 1/8; pack reads s and
+// writes (1-z) s, s more where the processor fetches lines before it writes them; unpack reads (1-z) s + 1/8 and writes
+// s. A row of a tile is one 64-bit word, so the work per 64 elements is a handful of vector instructions. Threads take
+// rows of tiles, whose packed values are one stream.
+#include "bitmap_cpu.h"
+
+#include "expand_cpu.h"
+
+namespace pyprune {
+namespace {
+
+constexpr int64_t kTile = kWord;
+constexpr int64_t kAlignment = 8;  // elements
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A row of a tile: 64 elements at `row`, of which `width` exist; the others read as zeros from `edge`.
+template <typename T>
+inline const T* whole_row(const T* row, int64_t width, T (&edge)[kWord]) {
+  if (width == kTile) return row;
+  memset(edge, 0, sizeof edge);
+  memcpy(edge, row, static_cast<size_t>(width) * sizeof(T));
+  return edge;
+}
+
+template <typename T>
+void scan(int64_t rows, int64_t columns, const void* weight_, uint8_t* bitmap, int64_t* offsets, int threads) {
+  const T* weight = static_cast<const T*>(weight_);
+  const int64_t tile_rows = ceil_div(rows, kTile), tile_columns = ceil_div(columns, kTile);
+  offsets[0] = 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t tile_row = 0; tile_row < tile_rows; ++tile_row) {
+    const int64_t height = smaller(kTile, rows - tile_row * kTile);
+    for (int64_t tile_column = 0; tile_column < tile_columns; ++tile_column) {
+      const int64_t tile = tile_row * tile_columns + tile_column;
+      const int64_t width = smaller(kTile, columns - tile_column * kTile);
+      const T* source = weight + tile_row * kTile * columns + tile_column * kTile;
+      uint64_t words[kTile] = {};
+      int64_t count = 0;
+      for (int64_t i = 0; i < height; ++i) {
+        T edge[kWord];
+        words[i] = nonzero_word(whole_row(source + i * columns, width, edge));
+        count += ones(words[i]);
+      }
+      memcpy(bitmap + tile * sizeof words, words, sizeof words);
+      offsets[tile + 1] = ceil_div(count, kAlignment) * kAlignment;
+    }
+  }
+}
+
+template <typename T>
+void pack(int64_t rows, int64_t columns, const void* weight_, const uint8_t* bitmap, const int64_t* offsets,
+          void* values_, int threads) {
+  const T* weight = static_cast<const T*>(weight_);
+  const int64_t tile_rows = ceil_div(rows, kTile), tile_columns = ceil_div(columns, kTile);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t tile_row = 0; tile_row < tile_rows; ++tile_row) {
+    const int64_t height = smaller(kTile, rows - tile_row * kTile);
+    for (int64_t tile_column = 0; tile_column < tile_columns; ++tile_column) {
+      const int64_t tile = tile_row * tile_columns + tile_column;
+      const int64_t width = smaller(kTile, columns - tile_column * kTile);
+      const T* source = weight + tile_row * kTile * columns + tile_column * kTile;
+      T* values = static_cast<T*>(values_) + offsets[tile];
+      T* const end = static_cast<T*>(values_) + offsets[tile + 1];
+      for (int64_t i = 0; i < height; ++i) {
+        T edge[kWord];
+        const uint64_t word = load_word(bitmap + (tile * kTile + i) * 8, 8);
+        values += compress_word(word, whole_row(source + i * columns, width, edge), values);
+      }
+      for (; values < end; ++values) *values = T{};
+    }
+  }
+}
+
+template <typename T>
+void unpack(int64_t first_tile_row, int64_t rows, int64_t columns, const void* values_, const uint8_t* bitmap,
+            const int64_t* offsets, int64_t values_size, void* weight_, int threads) {
+  T* weight = static_cast<T*>(weight_);
+  const int64_t tile_rows = ceil_div(rows, kTile), tile_columns = ceil_div(columns, kTile);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t tile_row = 0; tile_row < tile_rows; ++tile_row) {
+    const int64_t height = smaller(kTile, rows - tile_row * kTile);
+    for (int64_t tile_column = 0; tile_column < tile_columns; ++tile_column) {
+      const int64_t tile = (first_tile_row + tile_row) * tile_columns + tile_column;
+      const int64_t width = smaller(kTile, columns - tile_column * kTile);
+      T* target = weight + tile_row * kTile * columns + tile_column * kTile;
+      T tail[kTile * kTile + kWord];
+      const T* values = readable(static_cast<const T*>(values_), offsets[tile], offsets[tile + 1], values_size, tail);
+      for (int64_t i = 0; i < height; ++i) {
+        const uint64_t word = load_word(bitmap + (tile * kTile + i) * 8, 8);
+        if (width == kTile) {
+          values += expand_word(word, values, target + i * columns);
+        } else {
+          T edge[kWord];
+          values += expand_word(word, values, edge);
+          memcpy(target + i * columns, edge, static_cast<size_t>(width) * sizeof(T));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern const BitmapCpuKernels PYPRUNE_JOIN(bitmap_cpu_, PYPRUNE_ISA) = {
+    PYPRUNE_BY_DTYPE(scan),
+    PYPRUNE_BY_DTYPE(pack),
+    PYPRUNE_BY_DTYPE(unpack),
+};
+
+}  // namespace pyprune

@@ -1,0 +1,601 @@
+// CPU kernels of the `sparse_gemm` family, compiled once per instruction set (cpu_types.h).
+//
+// One token is bound by memory: a weight of 16 bits costs 2 (1-s) + 0.127 bytes as a bitmap and 1.125 as 2:4, against 2
+// dense. A core that reads 35 GB/s passes 64 elements at 50 % in about 8 cycles, so a word of 64 may cost no more: two
+// loads, two vpexpandw and, for every token, two vdpbf16ps. From about 8 tokens on the products bound it, for dense
+// weights as well: 32 multiply-adds a cycle, and decoding is shared by all tokens.
+//
+// A thread takes a block of rows and walks its columns panel by panel (4096 elements). Three ways through a panel:
+// - decode and multiply in registers, up to kDotTokens tokens, bf16 with AVX-512 BF16: the sums of a row and token are
+//   a vector in the first-level cache, added up across its lanes at the end.
+// - decode to a panel in the first-level cache, then the same.
+// - more tokens: decode to a panel, then a small product with 16 tokens to a vector and weights broadcast.
+// The elements of a panel are bf16 with AVX-512 BF16, fp32 otherwise. Each sum has one order, given by the shape.
+#include "sparse_gemm_cpu.h"
+
+#include "nm_words_cpu.h"
+
+namespace pyprune {
+namespace {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ------------------------------------------------------------------------------------------------------ vectors
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float Vector __attribute__((vector_size(kLanes * 4)));
+
+inline Vector load(const float* from) {
+  Vector value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+inline void store(float* to, Vector value) { memcpy(to, &value, sizeof value); }
+inline float add_lanes(Vector value) {
+  float sum = 0.0f;
+  for (int i = 0; i < kLanes; ++i) sum += value[i];
+  return sum;
+}
+
+// The elements of a panel and of x beside it are fp32, or bf16 where two of them make one multiply-add for each lane.
+template <typename T>
+struct Panel {
+  using Element = float;
+};
+template <typename E>
+struct Operands {
+  using Type = Vector;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Panel<bfloat16> {
+  using Element = bfloat16;
+};
+template <>
+struct Operands<bfloat16> {
+  using Type = __m512bh;
+};
+#endif
+template <typename E>
+using Operand = typename Operands<E>::Type;
+template <typename E>
+constexpr int kStep = sizeof(E) == 2 ? 2 : 1;  // elements of a lane
+
+template <typename E, typename T>
+inline E to_element(T value) {
+  if constexpr (sizeof(T) == sizeof(E)) {
+    return value;
+  } else {
+    return to_float(value);
+  }
+}
+
+inline Vector broadcast(const float* from) { return Vector{} + *from; }
+inline Vector multiply_add(Vector a, Vector b, Vector sum) { return sum + a * b; }
+#if defined(__AVX512BF16__)
+inline __m512bh load(const bfloat16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+inline __m512bh broadcast(const bfloat16* from) {
+  int32_t pair;
+  memcpy(&pair, from, sizeof pair);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+inline Vector multiply_add(__m512bh a, __m512bh b, Vector sum) { return (Vector)_mm512_dpbf16_ps((__m512)sum, a, b); }
+#endif
+
+// ------------------------------------------------------------------------------------------- where weights come from
+//
+// A source deals out W in blocks of kRows rows and chunks of kWords words of 64 columns, as a Walk over one block:
+// next() goes to the next chunk, and take(i, w) gives word w of its row i, zeros outside W. Words of a row must be
+// taken in order, and for a bitmap rows too. take() gives elements as they are stored, in memory or (16-bit types with
+// VBMI2) in two registers.
+
+#if defined(__AVX512VBMI2__)
+struct Halves {
+  __m512i low, high;
+};
+
+template <typename T>
+inline Halves expand_halves(uint64_t word, const T* values) {
+  const uint32_t first = static_cast<uint32_t>(word);
+  return {expand_half(first, values), expand_half(static_cast<uint32_t>(word >> 32), values + ones(first))};
+}
+
+inline Halves select_halves(uint64_t word, const void* values) {
+  const __mmask32 first = static_cast<__mmask32>(word), second = static_cast<__mmask32>(word >> 32);
+  return {_mm512_maskz_loadu_epi16(first, values),
+          _mm512_maskz_loadu_epi16(second, static_cast<const uint16_t*>(values) + 32)};
+}
+#endif
+
+template <typename T>
+struct BitmapSource {
+  static constexpr int kRows = kWord, kWords = 1;
+  const T* values;
+  int64_t values_size;
+  const uint8_t* bitmap;
+  const int64_t* offsets;
+  int64_t chunks;  // tiles side by side
+
+  struct Walk {
+    const BitmapSource& from;
+    int64_t tile;
+    const T* packed = nullptr;
+    uint64_t words[kRows] = {};
+    T tail[kWord * kWord + kWord] = {};
+
+    Walk(const BitmapSource& source, int64_t block) : from(source), tile(block * source.chunks) {}
+
+    void next() {
+      memcpy(words, from.bitmap + tile * sizeof words, sizeof words);
+      packed = readable(from.values, from.offsets[tile], from.offsets[tile + 1], from.values_size, tail);
+      ++tile;
+    }
+
+    void take(int i, int, T* out) { packed += expand_word(words[i], packed, out); }
+
+#if defined(__AVX512VBMI2__)
+    Halves take(int i, int) {
+      const Halves halves = expand_halves(words[i], packed);
+      packed += ones(words[i]);
+      return halves;
+    }
+#endif
+  };
+};
+
+// The sources with whole rows take 16 at a time, because each row is a stream of its own, and longer pieces of them.
+constexpr int kLongRows = 16, kLongWords = 4;
+
+template <typename T>
+struct NmSource {
+  static constexpr int kRows = kLongRows, kWords = kLongWords;
+  const T* values;
+  const uint8_t* metadata;
+  int64_t rows, columns;
+  int n, m;
+  int64_t chunks;
+
+  struct Walk {
+    const NmSource& from;
+    const T* const end;
+    int present;  // rows of this block
+    int64_t column = -kWord * kWords;
+    const T* packed[kRows] = {};
+    PatternCursor cursors[kRows] = {};
+    uint64_t words[kRows][kWords] = {};
+
+    Walk(const NmSource& source, int64_t block)
+        : from(source),
+          end(source.values + source.rows * (source.columns / source.m * source.n)),
+          present(static_cast<int>(smaller(kRows, source.rows - block * kRows))) {
+      const int64_t kept = from.columns / from.m * from.n;
+      for (int i = 0; i < kRows; ++i) {
+        const int64_t row = i < present ? block * kRows + i : 0;  // one that is not there has no bits
+        packed[i] = from.values + row * kept;
+        cursors[i] = {from.metadata + row * metadata_bytes(kept, from.m), from.n, from.m, kept};
+      }
+    }
+
+    void next() {
+      column += kWord * kWords;
+      for (int i = 0; i < present; ++i) {
+        if (from.n == 2 && from.m == 4) {
+          next_pairs(cursors[i].metadata, words[i]);
+        } else {
+          for (int w = 0; w < kWords; ++w) words[i][w] = cursors[i].next(column + w * kWord);
+        }
+      }
+    }
+
+    void next_pairs(const uint8_t* row, uint64_t* bits) const {
+      const int64_t rest = smaller(from.columns - column, kWord * kWords);
+      pair_words(row + column / 8, ceil_div(rest, 8), bits);
+      // What follows the last group of a row has metadata 0, which is no mask.
+      for (int w = static_cast<int>(rest / kWord); w < kWords; ++w) {
+        bits[w] = w == rest / kWord ? bits[w] & ((uint64_t{1} << rest % kWord) - 1) : 0;
+      }
+    }
+
+    // Where word w of row i may be read from, by up to 64 elements.
+    const T* advance(int i, int w, T (&tail)[2 * kWord]) {
+      const int count = ones(words[i][w]);
+      const T* source = packed[i];
+      packed[i] += count;
+      return end - source >= kWord ? source : readable(source, 0, count, end - source, tail);
+    }
+
+    void take(int i, int w, T* out) {
+      T tail[2 * kWord];
+      expand_word(words[i][w], advance(i, w, tail), out);
+    }
+
+#if defined(__AVX512VBMI2__)
+    Halves take(int i, int w) {
+      T tail[2 * kWord];
+      return expand_halves(words[i][w], advance(i, w, tail));
+    }
+#endif
+  };
+};
+
+// A dense weight: all of it, under a mask, or some rows and some words of 64 columns.
+template <typename T>
+struct DenseSource {
+  static constexpr int kRows = kLongRows, kWords = kLongWords;
+  const T* weight;
+  const uint8_t* mask;       // null: none
+  const int64_t* out_index;  // null: all rows
+  const int64_t* used;       // the columns / 64 that are used, null: all
+  int64_t rows, columns, used_words;
+  int64_t chunks;
+
+  struct Walk {
+    const DenseSource& from;
+    int64_t chunk = 0;
+    int64_t mask_bytes;      // of a row
+    const T* starts[kRows];  // of the rows
+    const uint8_t* masks[kRows] = {};
+    int64_t columns[kWords] = {};  // of the words
+    int widths[kWords] = {};       // elements of the words that exist
+
+    Walk(const DenseSource& source, int64_t block) : from(source), mask_bytes(ceil_div(source.columns, 8)) {
+      for (int i = 0; i < kRows; ++i) {
+        const int64_t row = smaller(block * kRows + i, from.rows - 1);
+        starts[i] = from.weight + (from.out_index ? from.out_index[row] : row) * from.columns;
+        if (from.mask) masks[i] = from.mask + row * mask_bytes;
+      }
+    }
+
+    void next() {
+      for (int w = 0; w < kWords; ++w, ++chunk) {
+        const bool is_used = chunk < from.used_words;
+        columns[w] = is_used ? (from.used ? from.used[chunk] : chunk) * kWord : 0;
+        widths[w] = is_used ? static_cast<int>(smaller(kWord, from.columns - columns[w])) : 0;
+      }
+    }
+
+    // The elements of a word that exist and count.
+    uint64_t bits(int i, int w) const {
+      const uint64_t all = widths[w] ? ~uint64_t{0} >> (kWord - widths[w]) : 0;
+      if (!from.mask || !all) return all;
+      return load_word(masks[i] + columns[w] / 8, mask_bytes - columns[w] / 8) & all;
+    }
+
+    void take(int i, int w, T* out) const {
+      const T* start = starts[i] + columns[w];
+      const uint64_t word = bits(i, w);
+      if (widths[w] == kWord) {
+        select_word(word, start, out);
+      } else {
+        for (int j = 0; j < kWord; ++j) out[j] = word >> j & 1 ? start[j] : T{};
+      }
+    }
+
+#if defined(__AVX512VBMI2__)
+    // A masked load reads nothing where the mask is 0.
+    Halves take(int i, int w) const { return select_halves(bits(i, w), starts[i] + columns[w]); }
+#endif
+  };
+};
+
+// The next chunk as a panel [kRows][64 kWords].
+template <typename T, typename E, typename Walk>
+inline void decode(Walk& walk, int rows, int words, E* panel) {
+  walk.next();
+  for (int i = 0; i < rows; ++i) {
+    for (int w = 0; w < words; ++w, panel += kWord) {
+      if constexpr (sizeof(T) == sizeof(E)) {
+        walk.take(i, w, panel);
+      } else {
+        alignas(64) T stored[kWord];
+        walk.take(i, w, stored);
+#pragma omp simd
+        for (int j = 0; j < kWord; ++j) panel[j] = to_element<E>(stored[j]);
+      }
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------------------- products with a panel
+
+// sums [kRows][kTokens][lanes] += panel . x, for x [kTokens][stride].
+template <int kTokens, int kRows, int kColumns, typename E>
+inline void dot_panel(const E* panel, const E* x, int64_t stride, float* sums) {
+  for (int i = 0; i < kRows; ++i) {
+    Vector values[kTokens];
+    for (int t = 0; t < kTokens; ++t) values[t] = load(sums + (i * kTokens + t) * kLanes);
+    for (int c = 0; c < kColumns; c += kLanes * kStep<E>) {
+      for (int t = 0; t < kTokens; ++t) {
+        values[t] = multiply_add(load(panel + i * kColumns + c), load(x + t * stride + c), values[t]);
+      }
+    }
+    for (int t = 0; t < kTokens; ++t) store(sums + (i * kTokens + t) * kLanes, values[t]);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// The same without the panel: the next chunk is decoded and multiplied in registers, a few rows at a time.
+template <int kTokens, typename Source>
+inline void dot_chunk(typename Source::Walk& walk, const bfloat16* x, int64_t stride, float* sums) {
+  constexpr int kAtATime = kTokens <= 4 ? 4 : 2;
+  walk.next();
+  for (int i = 0; i < Source::kRows; i += kAtATime) {
+    Vector values[kAtATime][kTokens];
+    for (int r = 0; r < kAtATime; ++r) {
+      for (int t = 0; t < kTokens; ++t) values[r][t] = load(sums + ((i + r) * kTokens + t) * kLanes);
+    }
+    for (int w = 0; w < Source::kWords; ++w) {
+      Halves weights[kAtATime];
+      for (int r = 0; r < kAtATime; ++r) weights[r] = walk.take(i + r, w);
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512bh low = load(x + t * stride + w * kWord), high = load(x + t * stride + w * kWord + kWord / 2);
+        for (int r = 0; r < kAtATime; ++r) {
+          values[r][t] = multiply_add((__m512bh)weights[r].low, low, values[r][t]);
+          values[r][t] = multiply_add((__m512bh)weights[r].high, high, values[r][t]);
+        }
+      }
+    }
+    for (int r = 0; r < kAtATime; ++r) {
+      for (int t = 0; t < kTokens; ++t) store(sums + ((i + r) * kTokens + t) * kLanes, values[r][t]);
+    }
+  }
+}
+#endif
+
+constexpr int kTokenBlock = 16;
+constexpr int kMaxBlocks = 4;
+constexpr int kMaxTokens = kTokenBlock * kMaxBlocks;
+
+// kRows rows of multiply_panel, whose sums stay in registers.
+template <int kRows, int kVectors, int kColumns, typename E>
+inline void multiply_rows(const E* panel, const E* x, float* sums) {
+  constexpr int kTokens = kVectors * kLanes;
+  Vector values[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) values[r][v] = load(sums + r * kTokens + v * kLanes);
+  }
+  for (int c = 0; c < kColumns; c += kStep<E>) {
+    Operand<E> tokens[kVectors];
+    for (int v = 0; v < kVectors; ++v) tokens[v] = load(x + (c / kStep<E> * kTokens + v * kLanes) * kStep<E>);
+    for (int r = 0; r < kRows; ++r) {
+      const Operand<E> weight = broadcast(panel + r * kColumns + c);
+      for (int v = 0; v < kVectors; ++v) values[r][v] = multiply_add(weight, tokens[v], values[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) store(sums + r * kTokens + v * kLanes, values[r][v]);
+  }
+}
+
+// sums [rows][16 kBlocks] += panel x^T, for x [columns / step][16 kBlocks][step].
+template <int kBlocks, int kRows, int kColumns, typename E>
+inline void multiply_panel(const E* panel, const E* x, float* sums) {
+  constexpr int kVectors = kBlocks * kTokenBlock / kLanes;
+  constexpr int kRegisters = kLanes == 16 ? 24 : 8;  // for sums; two multiply-adds a cycle need a dozen
+  constexpr int kAtATime = kVectors <= kRegisters / 16  ? 16
+                           : kVectors <= kRegisters / 8 ? 8
+                           : kVectors <= kRegisters / 4 ? 4
+                           : kVectors <= kRegisters / 2 ? 2
+                                                        : 1;
+  for (int i = 0; i < kRows; i += kAtATime) {
+    multiply_rows<kAtATime, kVectors, kColumns>(panel + i * kColumns, x, sums + i * kBlocks * kTokenBlock);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------- the driver
+
+constexpr int kDotTokens = 8;  // fewer are filled up with zeros to a power of two
+
+// x as the products read it, filled up with zeros to `padded` tokens and to whole panels, which have `columns` columns:
+// column c of them is column places[c] of x, none for -1, or c itself without places.
+template <typename T, typename E>
+void pack_x(const T* x, int64_t tokens, int64_t padded, int64_t inputs, const int64_t* places, int64_t columns,
+            E* packed, bool transposed, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < padded; ++t) {
+    for (int64_t c = 0; c < columns; ++c) {
+      T value{};
+      if (t < tokens) {
+        if (!places) {
+          if (c < inputs) value = x[t * inputs + c];
+        } else if (places[c] >= 0) {
+          value = x[t * inputs + places[c]];
+        }
+      }
+      const int64_t to = transposed ? (c / kStep<E> * padded + t) * kStep<E> + c % kStep<E> : t * columns + c;
+      packed[to] = to_element<E>(value);
+    }
+  }
+}
+
+struct Output {
+  int64_t rows;
+  const void* bias;          // null: none
+  const int64_t* out_index;  // of bias, null: all
+  void* y;
+
+  // y[token, row] = sum + bias[row]
+  template <typename T>
+  void put(int64_t token, int64_t row, float sum) const {
+    if (bias) sum += to_float(static_cast<const T*>(bias)[out_index ? out_index[row] : row]);
+    static_cast<T*>(y)[token * rows + row] = from_float<T>(sum);
+  }
+};
+
+template <typename T, int kTokens, typename Source, typename E>
+void few_tokens(const Source& source, const E* x, int64_t stride, int64_t tokens, const Output& out, int threads) {
+  constexpr int kRows = Source::kRows, kColumns = Source::kWords * kWord;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t block = 0; block < ceil_div(out.rows, kRows); ++block) {
+    alignas(64) float sums[kRows * kTokens * kLanes] = {};
+    typename Source::Walk walk(source, block);
+    for (int64_t chunk = 0; chunk < source.chunks; ++chunk) {
+      const E* part = x + chunk * kColumns;
+#if defined(__AVX512BF16__)
+      if constexpr (sizeof(E) == 2) {
+        dot_chunk<kTokens, Source>(walk, part, stride, sums);
+        continue;
+      }
+#endif
+      alignas(64) E panel[kRows * kColumns];
+      decode<T>(walk, kRows, Source::kWords, panel);
+      dot_panel<kTokens, kRows, kColumns>(panel, part, stride, sums);
+    }
+    for (int64_t i = 0; i < smaller(kRows, out.rows - block * kRows); ++i) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        out.template put<T>(t, block * kRows + i, add_lanes(load(sums + (i * kTokens + t) * kLanes)));
+      }
+    }
+  }
+}
+
+template <typename T, int kBlocks, typename Source, typename E>
+void many_tokens(const Source& source, const E* x, int64_t first, int64_t tokens, const Output& out, int threads) {
+  constexpr int kRows = Source::kRows, kColumns = Source::kWords * kWord, kTokens = kBlocks * kTokenBlock;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t block = 0; block < ceil_div(out.rows, kRows); ++block) {
+    alignas(64) float sums[kRows * kTokens] = {};
+    typename Source::Walk walk(source, block);
+    for (int64_t chunk = 0; chunk < source.chunks; ++chunk) {
+      alignas(64) E panel[kRows * kColumns];
+      decode<T>(walk, kRows, Source::kWords, panel);
+      multiply_panel<kBlocks, kRows, kColumns>(panel, x + chunk * kColumns * kTokens, sums);
+    }
+    for (int64_t i = 0; i < smaller(kRows, out.rows - block * kRows); ++i) {
+      for (int64_t t = 0; t < tokens; ++t) out.template put<T>(first + t, block * kRows + i, sums[i * kTokens + t]);
+    }
+  }
+}
+
+template <typename T, typename Source>
+void linear(const Source& source, int64_t tokens, int64_t inputs, const void* x_, const int64_t* places,
+            const Output& out, void* workspace, int threads) {
+  using E = typename Panel<T>::Element;
+  const T* x = static_cast<const T*>(x_);
+  E* packed = static_cast<E*>(workspace);
+  const int64_t columns = source.chunks * Source::kWords * kWord;
+  if (tokens <= kDotTokens) {
+    const int64_t padded = tokens <= 2 ? tokens : tokens <= 4 ? 4 : kDotTokens;
+    pack_x(x, tokens, padded, inputs, places, columns, packed, false, threads);
+    switch (padded) {
+      case 1: return few_tokens<T, 1>(source, packed, columns, tokens, out, threads);
+      case 2: return few_tokens<T, 2>(source, packed, columns, tokens, out, threads);
+      case 4: return few_tokens<T, 4>(source, packed, columns, tokens, out, threads);
+      case kDotTokens: return few_tokens<T, kDotTokens>(source, packed, columns, tokens, out, threads);
+      default: return;
+    }
+  }
+  for (int64_t first = 0; first < tokens; first += kMaxTokens) {
+    const int64_t count = smaller(kMaxTokens, tokens - first), blocks = ceil_div(count, kTokenBlock);
+    pack_x(x + first * inputs, count, blocks * kTokenBlock, inputs, places, columns, packed, true, threads);
+    switch (blocks) {
+      case 1: many_tokens<T, 1>(source, packed, first, count, out, threads); break;
+      case 2: many_tokens<T, 2>(source, packed, first, count, out, threads); break;
+      case 3: many_tokens<T, 3>(source, packed, first, count, out, threads); break;
+      case kMaxBlocks: many_tokens<T, kMaxBlocks>(source, packed, first, count, out, threads); break;
+    }
+  }
+}
+
+// Chunks of the sources with whole rows.
+inline int64_t long_chunks(int64_t words) { return ceil_div(words, kLongWords); }
+
+template <typename T>
+void bitmap_linear(int64_t tokens, int64_t out_features, int64_t in_features, const void* x, const void* values,
+                   int64_t values_size, const uint8_t* bitmap, const int64_t* offsets, const void* bias, void* y,
+                   void* workspace, int threads) {
+  const BitmapSource<T> source{static_cast<const T*>(values), values_size, bitmap, offsets,
+                               ceil_div(in_features, kWord)};
+  linear<T>(source, tokens, in_features, x, nullptr, {out_features, bias, nullptr, y}, workspace, threads);
+}
+
+template <typename T>
+void nm_linear(int64_t tokens, int64_t out_features, int64_t in_features, int n, int m, const void* x,
+               const void* values, const uint8_t* metadata, const void* bias, void* y, void* workspace, int threads) {
+  const NmSource<T> source{static_cast<const T*>(values),
+                           metadata,
+                           out_features,
+                           in_features,
+                           n,
+                           m,
+                           long_chunks(ceil_div(in_features, kWord))};
+  linear<T>(source, tokens, in_features, x, nullptr, {out_features, bias, nullptr, y}, workspace, threads);
+}
+
+template <typename T>
+void masked_linear(int64_t tokens, int64_t out_features, int64_t in_features, const void* x, const void* weight,
+                   const uint8_t* mask, const void* bias, void* y, void* workspace, int threads) {
+  const int64_t words = ceil_div(in_features, kWord);
+  const DenseSource<T> source{
+      static_cast<const T*>(weight), mask, nullptr, nullptr, out_features, in_features, words, long_chunks(words)};
+  linear<T>(source, tokens, in_features, x, nullptr, {out_features, bias, nullptr, y}, workspace, threads);
+}
+
+// Which words of 64 columns hold one of in_index [inputs] (rising), and for every column of those words its place in
+// in_index, or -1. Returns the number of words; places are filled up to whole panels.
+int64_t place_columns(const int64_t* in_index, int64_t inputs, int64_t* words, int64_t* places) {
+  int64_t used = 0;
+  for (int64_t j = 0; j < inputs; ++j) {
+    const int64_t word = in_index[j] / kWord;
+    if (used == 0 || words[used - 1] != word) {
+      words[used] = word;
+      for (int c = 0; c < kWord; ++c) places[used * kWord + c] = -1;
+      ++used;
+    }
+    places[(used - 1) * kWord + in_index[j] % kWord] = j;
+  }
+  for (int64_t w = used; w % kLongWords; ++w) {
+    for (int c = 0; c < kWord; ++c) places[w * kWord + c] = -1;
+  }
+  return used;
+}
+
+// Columns of x filled up to whole panels.
+inline int64_t padded_columns(int64_t in_features) {
+  return ceil_div(in_features, kWord * kLongWords) * kWord * kLongWords;
+}
+
+template <typename T>
+void gathered_linear(int64_t tokens, int64_t outputs, int64_t inputs, int64_t in_features, const void* x,
+                     const void* weight, const int64_t* in_index, const int64_t* out_index, const void* bias, void* y,
+                     void* workspace, int threads) {
+  const int64_t all = ceil_div(in_features, kWord);
+  DenseSource<T> source{
+      static_cast<const T*>(weight), nullptr, out_index, nullptr, outputs, in_features, all, long_chunks(all)};
+  int64_t* places = nullptr;
+  if (in_index) {
+    places = static_cast<int64_t*>(workspace);
+    int64_t* words = places + padded_columns(in_features);
+    workspace = words + ceil_div(in_features, kWord * 8) * 8;  // x stays aligned
+    source.used_words = place_columns(in_index, inputs, words, places);
+    source.used = words;
+    source.chunks = long_chunks(source.used_words);
+  }
+  linear<T>(source, tokens, inputs, x, places, {outputs, bias, out_index, y}, workspace, threads);
+}
+
+int64_t workspace(int64_t tokens, int64_t in_features) {
+  const int64_t padded = smaller(kMaxTokens, ceil_div(tokens, kTokenBlock) * kTokenBlock);
+  const int64_t x = padded * padded_columns(in_features) * 4;
+  const int64_t index = (padded_columns(in_features) + ceil_div(in_features, kWord * 8) * 8) * 8;
+  return x + index;
+}
+
+}  // namespace
+
+extern const SparseGemmCpuKernels PYPRUNE_JOIN(sparse_gemm_cpu_, PYPRUNE_ISA) = {
+    workspace,
+    PYPRUNE_BY_DTYPE(bitmap_linear),
+    PYPRUNE_BY_DTYPE(nm_linear),
+    PYPRUNE_BY_DTYPE(masked_linear),
+    PYPRUNE_BY_DTYPE(gathered_linear),
+};
+
+}  // namespace pyprune
