@@ -151,7 +151,16 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     pytest.importorskip("ninja")
     pytest.importorskip("pybind11")
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
-    for variable in ("PYPRUNE_CUDA", "PYPRUNE_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH", "CXX"):
+    variables = (
+        "PYPRUNE_CUDA",
+        "PYPRUNE_CUDA_ARCHS",
+        "PYPRUNE_CUTLASS",
+        "CUTLASS_PATH",
+        "CUDA_HOME",
+        "CUDA_PATH",
+        "CXX",
+    )
+    for variable in variables:
         monkeypatch.delenv(variable, raising=False)
     spec = importlib.util.spec_from_file_location("pyprune_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
@@ -226,6 +235,26 @@ def test_missing_static_runtime_is_named(build: ModuleType, toolkit: Path) -> No
         build.find_cuda()[0].link  # noqa: B018
 
 
+def test_cutlass_is_added_on_request(
+    build: ModuleType, toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, _ = build.find_cuda()
+    assert build.find_cutlass(cuda) == (None, "PYPRUNE_CUTLASS=1 at build time adds it")
+    monkeypatch.setenv("PYPRUNE_CUTLASS", "yes")
+    with pytest.raises(SystemExit, match="PYPRUNE_CUTLASS is 'yes'; set it to 0 or 1"):
+        build.find_cutlass(cuda)
+    monkeypatch.setenv("PYPRUNE_CUTLASS", "1")
+    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="there are no headers; pip install --no-deps nvidia-cutlass"):
+        build.find_cutlass(cuda)
+    (tmp_path / "include/cutlass").mkdir(parents=True)
+    (tmp_path / "include/cutlass/cutlass.h").touch()
+    assert build.find_cutlass(cuda) == (tmp_path / "include", f"headers at {tmp_path}")
+    with pytest.raises(SystemExit, match="needs nvcc and 90a among the architectures"):
+        build.find_cutlass(None)
+
+
 def test_source_distribution_holds_the_kernels(tmp_path: Path) -> None:
     """An sdist of a copy of the tree: every file the build reads, without git or network."""
     copy = tmp_path / "tree"
@@ -238,6 +267,7 @@ def test_source_distribution_holds_the_kernels(tmp_path: Path) -> None:
     (archive,) = tmp_path.glob("pyprune-*.tar.gz")
     with tarfile.open(archive) as files:
         packed = {Path(*Path(name).parts[1:]) for name in files.getnames()}
-    sources = {path.relative_to(ROOT) for path in (ROOT / "csrc").iterdir() if not path.name.startswith(".")}
+    files = (path for path in (ROOT / "csrc").rglob("*") if path.is_file() and not path.name.startswith("."))
+    sources = {path.relative_to(ROOT) for path in files}
     assert sources
     assert sources | {Path("pyproject.toml"), Path("setup.py"), Path("LICENSE"), Path("pyprune/ops.py")} <= packed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from sparse_checks import (
@@ -24,7 +26,8 @@ from sparse_checks import (
     reference,
 )
 
-from pyprune import ops
+from pyprune import _native, ops
+from pyprune._cuda import plans, sparse_gemm
 
 LARGE = (Shape(1, 4096, 11008), Shape(3, 11008, 4096), Shape(16, 4096, 4096), Shape(64, 4096, 6144))
 
@@ -109,3 +112,20 @@ def test_errors_name_the_group(device: torch.device) -> None:
     weight[6, 0] = float("nan")
     with pytest.raises(ValueError, match=r"row 6, group 0 \(columns 0 to 3\)"):
         ops.nm_prune(weight.to(device), 2, 4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [Shape(512, 256, 128), Shape(700, 1040, 264), Shape(2048, 4096, 6144)], ids=str)
+def test_cutlass(device: torch.device, shape: Shape, dtype: torch.dtype, bias: bool) -> None:
+    """2:4 for many tokens on sm_90a: sizes that are multiples of its tiles, and that are not."""
+    if not hasattr(_native.cuda, "nm_linear_cutlass") or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a build with PYPRUNE_CUTLASS=1 and a device of capability 9.0")
+    product = Product("nm_linear", dtype, True, 1)
+    tensors = product.inputs(shape)
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    assert plans.suits_cutlass(on_device["x"], shape.outputs)
+    packed = (on_device["values"], on_device["metadata"], 2, 4)
+    with patch.object(sparse_gemm, "linear", side_effect=AssertionError("not by CUTLASS")):
+        y = ops.nm_linear(on_device["x"], *packed, on_device["bias"] if bias else None)
+    product.check(tensors, y.cpu(), bias)
