@@ -3,36 +3,18 @@
 // One thread takes one byte of the mask, eight columns, in 16-byte accesses where rows begin on such a boundary. Both
 // kernels are bound by memory, every element is read and written once: nm_adamw moves 28.1 bytes an fp32 weight, 22.1 a
 // bf16 one, masked_weight 4.1 bytes from bf16 to bf16. Neither uses shared memory or waits for other threads.
-#include <type_traits>
-
-#include "launch.h"
+#include "device.cuh"
 #include "nm_adamw.h"
-
-#ifndef PYPRUNE_SIMT
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
 
 namespace pyprune {
 namespace {
 
+using device::ceil_divide;
+using device::from_float;
+using device::to_float;
+
 constexpr int kThreads = 256;
 constexpr int kColumns = 8;  // of a thread
-
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-
-template <typename T>
-__device__ __forceinline__ T nearest(float value) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16(value);
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half(value);
-  } else {
-    return value;
-  }
-}
 
 __device__ __forceinline__ uint32_t hash32(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -78,7 +60,7 @@ __device__ __forceinline__ void load(T (&out)[kColumns], const T* source, int va
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) out[i] = elements[i];
   } else {
-    for (int i = 0; i < kColumns; ++i) out[i] = i < valid ? source[i] : nearest<T>(0.0f);
+    for (int i = 0; i < kColumns; ++i) out[i] = i < valid ? source[i] : from_float<T>(0.0f);
   }
 }
 
@@ -108,7 +90,7 @@ struct Place {
 };
 
 __device__ __forceinline__ Place place(int64_t columns) {
-  const int64_t row_bytes = (columns + kColumns - 1) / kColumns;
+  const int64_t row_bytes = ceil_divide(columns, kColumns);
   const int64_t byte = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t row = byte / row_bytes, column = byte % row_bytes * kColumns;
   const int64_t left = columns - column;
@@ -154,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) masked_weight_kernel(int64_t bytes, 
   load(w, weight + p.start, p.valid, aligned);
   const unsigned kept = mask[p.byte];
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) masked[i] = nearest<Out>((kept >> i) & 1 ? to_float(w[i]) : 0.0f);
+  for (int i = 0; i < kColumns; ++i) masked[i] = from_float<Out>((kept >> i) & 1 ? to_float(w[i]) : 0.0f);
   store(out + p.start, masked, p.valid, aligned);
 }
 
@@ -163,23 +145,22 @@ bool all_aligned(int64_t columns, Pointers... pointers) {
   return columns % kColumns == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
-unsigned blocks(int64_t bytes) { return static_cast<unsigned>((bytes + kThreads - 1) / kThreads); }
-
 template <typename T>
 cudaError_t step(int64_t rows, int64_t columns, const AdamW& options, void* param, const void* grad, float* exp_avg,
                  float* exp_avg_sq, const uint8_t* mask, cudaStream_t stream) {
-  const int64_t bytes = rows * ((columns + kColumns - 1) / kColumns);
-  return launch(nm_adamw_kernel<T>, dim3(blocks(bytes)), kThreads, 0, stream, bytes, columns, options,
-                static_cast<T*>(param), static_cast<const T*>(grad), exp_avg, exp_avg_sq, mask,
+  const int64_t bytes = rows * ceil_divide(columns, kColumns);
+  return launch(nm_adamw_kernel<T>, dim3(device::blocks(ceil_divide(bytes, kThreads))), kThreads, 0, stream, bytes,
+                columns, options, static_cast<T*>(param), static_cast<const T*>(grad), exp_avg, exp_avg_sq, mask,
                 all_aligned(columns, param, grad, exp_avg, exp_avg_sq));
 }
 
 template <typename In, typename Out>
 cudaError_t apply(int64_t rows, int64_t columns, const void* weight, const uint8_t* mask, void* out,
                   cudaStream_t stream) {
-  const int64_t bytes = rows * ((columns + kColumns - 1) / kColumns);
-  return launch(masked_weight_kernel<In, Out>, dim3(blocks(bytes)), kThreads, 0, stream, bytes, columns,
-                static_cast<const In*>(weight), mask, static_cast<Out*>(out), all_aligned(columns, weight, out));
+  const int64_t bytes = rows * ceil_divide(columns, kColumns);
+  return launch(masked_weight_kernel<In, Out>, dim3(device::blocks(ceil_divide(bytes, kThreads))), kThreads, 0, stream,
+                bytes, columns, static_cast<const In*>(weight), mask, static_cast<Out*>(out),
+                all_aligned(columns, weight, out));
 }
 
 }  // namespace

@@ -75,7 +75,7 @@ void nm_adamw(int64_t rows, int64_t columns, const AdamW& o, void* param_, const
       const float w = to_float(param[j]);
       const float g = to_float(grad[j]);
       const float m = o.beta1 * exp_avg[j] + o.new1 * g;
-      const float u = m + float_of(bits_of(o.masked_decay) & ~kept[j]) * w;
+      const float u = m + float_of(bits_of(o.masked_decay * w) & ~kept[j]);
       const float s = masked ? u : g;
       const float v = o.beta2 * exp_avg_sq[j] + o.new2 * s * s;
       exp_avg[j] = m;

@@ -143,7 +143,7 @@ def nm_adamw_(
     """
     if mask is None:
         param, grad, exp_avg, exp_avg_sq = (
-            tensor.view(-1, tensor.shape[-1] if tensor.dim() else 1)
+            tensor.view(1, -1) if tensor.dim() < 2 else tensor.flatten(0, -2)
             for tensor in (param, grad.contiguous(), exp_avg, exp_avg_sq)
         )
     torch.ops.pyprune.nm_adamw_(

@@ -29,7 +29,7 @@ def nm_adamw_(
     exp_avg.mul_(beta1).add_(g, alpha=1 - beta1)
     u, s = exp_avg, g
     if mask is not None:
-        s = u = exp_avg + masked_decay * w * ~unpack_bits(mask, w.shape[1])
+        s = u = exp_avg + masked_decay * w.masked_fill(unpack_bits(mask, w.shape[1]), 0)
     exp_avg_sq.mul_(beta2).add_(s * s, alpha=1 - beta2)
     denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
     w = w * (1 - lr * weight_decay) - (lr / (1 - beta1**step)) * u / denominator

@@ -1,0 +1,41 @@
+// The `transposable` family in Python; transposable_cpu.h and transposable.h are the contracts.
+#include "bindings.h"
+#include "transposable.h"
+#include "transposable_cpu.h"
+
+namespace pyprune {
+
+#ifdef PYPRUNE_WITH_CPU
+PYPRUNE_CPU_KERNELS(TransposableCpuKernels, transposable_cpu);
+#endif
+
+namespace {
+
+#ifdef PYPRUNE_WITH_CPU
+
+void bind_cpu(py::module_& m) {
+  m.def(
+      "transposable_prune",
+      [](int dtype, int64_t rows, int64_t columns, Address scores, Address bits, int threads) {
+        kernels().prune(DType(dtype), rows, columns, pointer(scores), pointer<uint8_t>(bits), threads);
+      },
+      ReleaseGil());
+}
+
+#endif  // PYPRUNE_WITH_CPU
+#ifdef PYPRUNE_WITH_CUDA
+
+void bind_cuda(py::module_& m) {
+  m.def("transposable_prune",
+        [](int dtype, int64_t rows, int64_t columns, Address scores, Address bits, Address stream) {
+          check(transposable_prune(dtype, rows, columns, pointer(scores), pointer<uint8_t>(bits), pointer(stream)),
+                "transposable_prune");
+        });
+}
+
+#endif  // PYPRUNE_WITH_CUDA
+
+PYPRUNE_REGISTER_FAMILY;
+
+}  // namespace
+}  // namespace pyprune

@@ -1,0 +1,28 @@
+"""The `transposable` family on the launcher of csrc/transposable.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyprune._cpu.common import DTYPE_CODES
+from pyprune._cuda.common import Launchers
+from pyprune.reference.bits import count_flips
+
+
+class Transposable(Launchers):
+    """The family's op."""
+
+    def transposable_prune(self, scores: Tensor, previous_bits: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows, columns = scores.shape
+        bits = scores.new_empty(rows, -(-columns // 8), dtype=torch.uint8)
+        with torch.cuda.device_of(scores):
+            self.kernels.transposable_prune(
+                DTYPE_CODES[scores.dtype],
+                rows,
+                columns,
+                scores.data_ptr(),
+                bits.data_ptr(),
+                self.stream(scores.device),
+            )
+        return bits, count_flips(bits, bits if previous_bits is None else previous_bits)
