@@ -1,13 +1,14 @@
 // Packing and unpacking weights of any sparsity. The contract is in bitmap.h.
 //
 // All of it is bound by memory. A block takes a tile, a thread a quarter of one of its 64 rows: sixteen columns, 32
-// bytes of a 16-bit type, with consecutive threads in the order of the values. 64 bytes of shared memory, for the sums
-// of the eight warps. Figures for bf16 at sparsity s; a floor at H100's 3.35 TB/s for 4096 x 11008 at s = 0.5.
+// bytes of a 16-bit type, with consecutive threads in the order of the values. 32 bytes of shared memory, for the sums
+// of the eight warps. Figures for bf16 at sparsity s; floors of 4096 x 11008 at s = 0.5 and H100's 3.35 TB/s;
+// instructions of a lane in sm_90a's machine code, "of" what an SM can issue in the time in which it moves that weight.
 //
-//   kernel   bytes per weight        floor    instructions per weight (of about 18 that memory leaves)
-//   scan     2 + 1/8                 29 us    3
-//   pack     2 + 1/8 + 2 (1 - s)     42 us    8
-//   unpack   2 (1 - s) + 1/8 + 2     42 us    8
+//   kernel   bytes per weight        floor    instructions per weight, of
+//   scan     2 + 1/8                 29 us     8                       19
+//   pack     2 + 1/8 + 2 (1 - s)     42 us    16                       27
+//   unpack   2 (1 - s) + 1/8 + 2     42 us    17                       27
 #include "bitmap.h"
 #include "device.cuh"
 

@@ -3,12 +3,13 @@
 // All of it is bound by memory. Each job has two kernels: one for the patterns that matter (2:4 to pack; groups of 4 or
 // 8 to prune), a thread to every eight columns, in 16-byte accesses, so a mask or metadata byte a thread and no
 // division; and one for any pattern, size and alignment, a block to every row. None uses shared memory or a barrier.
-// Figures for bf16; a floor at H100's 3.35 TB/s for 4096 x 11008. Registers: docs/kernels.md.
+// Figures for bf16; floors of 4096 x 11008 at H100's 3.35 TB/s; instructions of a lane in sm_90a's machine code, "of"
+// what an SM can issue in the time in which it moves that weight. Registers: docs/kernels.md.
 //
-//   kernel             bytes per weight              floor   instructions per weight (of about 18 that memory leaves)
-//   prune              2 + 1/8, + 1/8 previous       30 us   8: six comparisons and sixteen additions for four weights
-//   compress_24        2 + 1 + 1/8                   42 us   5
-//   decompress_24      1 + 1/8 + 2                   42 us   4
+//   kernel          bytes per weight        floor   instructions per weight, of
+//   prune           2 + 1/8, 1/8 previous   30 us   17: six comparisons, sixteen additions for four weights     19
+//   compress_24     2 + 1 + 1/8             42 us   13                                                          27
+//   decompress_24   1 + 1/8 + 2             42 us    6                                                          27
 #include <initializer_list>
 
 #include "device.cuh"

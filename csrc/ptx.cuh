@@ -71,6 +71,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&out)[4], const void
                : "memory");
 }
 
+// Of the eight bytes of high:low, those that the four lowest digits of `selector` name, 0 to 7 each. Unlike
+// __byte_perm, which first clears the digits' fourth bits, one instruction.
+__device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(out) : "r"(low), "r"(high), "r"(selector));
+  return out;
+}
+
 // d += A B for one 16x8 tile over k = 16, fp32 accumulation. T is __nv_bfloat16 or __half.
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -128,6 +136,10 @@ inline void cp_async_commit() { simt::async_commit(); }
 template <int N>
 void cp_async_wait(int line = __builtin_LINE()) {
   simt::async_wait(N, line);
+}
+
+inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector, int line = __builtin_LINE()) {
+  return simt::permute_bytes(low, high, selector, line);
 }
 
 struct MatrixLoad {

@@ -4,18 +4,23 @@
 // of 64 x 128 of W, packed, and of x through shared memory (cp.async), where each of its four warps takes 32 rows and
 // 64 columns. W takes the left side of the products, so that tokens fill the short side (8) of the tensor cores'.
 //
-//   kernel            bytes per weight, bf16        floor of 4096 x 11008     instructions per weight, of
-//   stream<Nm>        1 + 1/8            (2:4)      15 us at 3.35 TB/s        1 (tensor cores), 7 (plain)    10
-//   stream<Bitmap>    2 (1 - s) + 1/8               15 us at s = 0.5          6 (tensor cores), 9 (plain)    10
+//   kernel                         bytes per weight   floor, 4096 x 11008   instructions per weight, of   shared memory
+//   stream<Nm>, 1-8 tokens         1 + 1/8            15 us                  3                       10   44 KB
+//   stream<Nm>, 9-64               1 + 1/8            15 us                  4 at 64 tokens          10   75 KB
+//   stream<Bitmap>, 1-8            2 (1 - s) + 1/8    15 us at s = 0.5       9                       10   38 KB
+//   stream<Bitmap>, 9-64           2 (1 - s) + 1/8    15 us at s = 0.5      11 at 64 tokens          10   66 KB
+//   stream<Nm>, plain, fp32        2 + 1/8            29 us                 16 for 4 tokens          19   76 KB
+//   stream<Bitmap>, plain, fp32    4 (1 - s) + 1/8    29 us at s = 0.5      18 for 4 tokens          19   70 KB
+//   finish                         4 splits a result, written before, read here, from L2                  none
 //
-// "of": what an H100's SM can issue in the time in which it receives that weight (128 lanes a clock, 14.5 bytes a
-// clock, s = 0.5; at s = 0.7 it is 6.4). So 2:4 is bound by memory with room to spare, and the bitmap's decoding is
-// what counts. That is also why tensor cores serve one token too: the products are then nearly free, 1/16 of an
-// instruction.
+// Floors at 3.35 TB/s. Instructions are those of the fast path in sm_90a's machine code, a lane's; "of" is what an
+// H100's SM can issue while it receives that weight (128 lanes a clock, 14.5 bytes a clock); at s = 0.7 that is 6.4 for
+// bf16. So 2:4 is bound by memory, and a bitmap by decoding it, at about the same time. The products themselves are
+// nearly free on tensor cores, 1/8 of an instruction: that is why they serve a single token too, and the plain kernel
+// fp32.
 //
-// Shared memory of a stage, 16-bit types: 2:4 9 KB, bitmap 17 KB (for the densest tile; 9 KB move at s = 0.5), x 2 to
-// 16 KB. Every address past the matrix reads as zero weights. Registers: docs/kernels.md. No atomics: with splits, a
-// second kernel adds partial sums in order.
+// Every address past the matrix reads as zero weights. Registers: docs/kernels.md. No atomics: with splits, `finish`
+// adds partial sums in order.
 #include "device.cuh"
 #include "ptx.cuh"
 #include "sparse_gemm.h"
@@ -47,24 +52,34 @@ struct Position {
 // four rows at two neighbouring chunks (8-byte loads of half a warp), lie in different banks.
 __device__ __forceinline__ int swizzle(int row, int chunk) { return chunk ^ ((row & 3) << 1 | (row >> 2 & 1)); }
 
-// kChunks chunks of a row from `column` on into shared memory, with zeros from `valid` elements on. A thread takes one
-// chunk of every kThreads / kChunks-th row. `aligned`: chunks are wholly valid or not, and on 16-byte boundaries.
-template <typename T, int kChunks>
-__device__ __forceinline__ void load_rows(unsigned char* shared, const T* source, int64_t pitch, int rows,
-                                          int64_t rows_left, int64_t columns_left, bool aligned) {
-  const int chunk = threadIdx.x % kChunks;
+// kChunks chunks of kCount rows from `source` on into shared memory, with zeros where rows or columns end.
+// `aligned`: a chunk is wholly valid or not, and on a 16-byte boundary.
+template <typename T, int kChunks, int kCount>
+__device__ __forceinline__ void load_rows(unsigned char* shared, const T* source, int64_t pitch, int64_t rows_left,
+                                          int64_t columns_left, bool aligned) {
+  constexpr int kStep = kThreads / kChunks;
+  static_assert(kStep % 8 == 0 || kStep >= kCount, "a thread's rows share one permutation");
+  const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
   const int64_t left = columns_left - chunk * kVector<T>;
-  const int valid = left >= kVector<T> ? kVector<T> : left > 0 ? static_cast<int>(left) : 0;
-  for (int row = threadIdx.x / kChunks; row < rows; row += kThreads / kChunks) {
-    unsigned char* target = shared + (row * kChunks + swizzle(row, chunk)) * 16;
-    const int inside = row < rows_left ? valid : 0;
-    const T* from = source + row * pitch + chunk * kVector<T>;
-    if (aligned) {
-      ptx::cp_async_16(target, inside ? from : source, inside ? 16 : 0);
-    } else {
-      T* elements = reinterpret_cast<T*>(target);
-      for (int i = 0; i < kVector<T>; ++i) elements[i] = i < inside ? from[i] : from_float<T>(0.0f);
+  unsigned char* target = shared + (first * kChunks + swizzle(first, chunk)) * 16;
+  const T* from = source + first * pitch + chunk * kVector<T>;
+  if (aligned) {
+    const int64_t inside = left > 0 ? rows_left - first : 0;
+#pragma unroll
+    for (int row = 0; row < kCount; row += kStep) {
+      if (kCount < kStep && first >= kCount) break;
+      ptx::cp_async_16(target + row * kChunks * 16, row < inside ? from : source, row < inside ? 16 : 0);
+      from += kStep * pitch;
     }
+    return;
+  }
+  const int valid = left >= kVector<T> ? kVector<T> : left > 0 ? static_cast<int>(left) : 0;
+  for (int row = 0; row < kCount && first + row < kCount; row += kStep) {
+    T* elements = reinterpret_cast<T*>(target + row * kChunks * 16);
+    for (int i = 0; i < kVector<T>; ++i) {
+      elements[i] = row < rows_left - first && i < valid ? from[i] : from_float<T>(0.0f);
+    }
+    from += kStep * pitch;
   }
 }
 
@@ -80,9 +95,10 @@ struct Tokens {
   int64_t tokens, inputs;
   bool aligned;
 
-  __device__ __forceinline__ void load(unsigned char* shared, int64_t token0, int rows, int64_t column0) const {
-    load_rows<T, kChunks>(shared, x + token0 * inputs + column0, inputs, rows, tokens - token0, inputs - column0,
-                          aligned);
+  template <int kRows>
+  __device__ __forceinline__ void load(unsigned char* shared, int64_t token0, int64_t column0) const {
+    load_rows<T, kChunks, kRows>(shared, x + token0 * inputs + column0, inputs, tokens - token0, inputs - column0,
+                                 aligned);
   }
 
   // Four neighbouring elements, from a column that is a multiple of four.
@@ -111,8 +127,8 @@ struct Nm {
 
   __device__ __forceinline__ void load(unsigned char* shared, int64_t row0, int64_t column0) const {
     const int64_t rows_left = outputs - row0, kept = inputs / 2;
-    load_rows<T, kChunks>(shared, values + row0 * kept + column0 / 2, kept, kRows, rows_left, kept - column0 / 2,
-                          aligned);
+    load_rows<T, kChunks, kRows>(shared, values + row0 * kept + column0 / 2, kept, rows_left, kept - column0 / 2,
+                                 aligned);
     const int row = threadIdx.x / 2, piece = threadIdx.x % 2;  // Eight bytes of metadata a thread, for 64 columns.
     const int64_t pitch = ceil_divide(inputs, 8), byte = column0 / 8 + piece * 8;
     unsigned char* target = shared + kRows * kRowBytes + row * kMetadataRowBytes + piece * 8;
@@ -150,7 +166,7 @@ struct Nm {
     }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      if (j >= tiles) break;
+      if (j > 0 && j >= tiles) break;
       const int token = j * 8 + lane % 8;
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
@@ -236,6 +252,7 @@ struct Bitmap {
     if (!inside) return;
     const int64_t first = __ldg(offsets + tile), past = __ldg(offsets + tile + 1);
     const int chunks = static_cast<int>(past - first) / kVector<T>;
+#pragma unroll 1
     for (int chunk = thread; chunk < chunks; chunk += 64) {
       ptx::cp_async_16(target + chunk * 16, values + first + chunk * kVector<T>, 16);
     }
@@ -260,50 +277,50 @@ struct Bitmap {
 
   // A row of the warp's tile, of which this lane takes columns 16 step + 4 in_quad .. + 4 for step < 4.
   struct Row {
-    const unsigned char* values;
     uint2 bits;
-    unsigned start, middle;  // Where the values of columns 0 and 32 begin.
+    unsigned start, middle;  // Where in the tile the values of columns 0 and 32 begin, in bytes.
 
     Row() = default;
     __device__ __forceinline__ Row(const Starts& starts, int row)
-        : values(starts.tile),
-          bits(reinterpret_cast<const uint2*>(starts.tile + kTileElements * sizeof(T))[row]),
-          start(starts.of(row)) {
-      middle = start + __popc(bits.x);
+        : bits(reinterpret_cast<const uint2*>(starts.tile + kTileElements * sizeof(T))[row]),
+          start(starts.of(row) * sizeof(T)) {
+      middle = start + __popc(bits.x) * sizeof(T);
     }
 
-    // The bits of the lane's four columns as the lowest ones, and where their values begin.
+    // The bits of the lane's four columns as the lowest ones, and where their values begin, in bytes.
     __device__ __forceinline__ unsigned four_bits(int step, unsigned* first) const {
       const unsigned word = step < 2 ? bits.x : bits.y, shift = step % 2 * 16 + threadIdx.x % 4 * 4;
-      *first = (step < 2 ? start : middle) + __popc(word & ((1u << shift) - 1));
+      *first = (step < 2 ? start : middle) + __popc(word & ((1u << shift) - 1)) * sizeof(T);
       return word >> shift;
     }
   };
 
   // The four columns of a 16-bit type as two pairs. `table` is selectors_of(lane % 16), so that a shuffle looks it up.
-  static __device__ __forceinline__ void pairs(const Row& row, int step, uint32_t table, uint32_t* low,
-                                               uint32_t* high) {
+  static __device__ __forceinline__ void pairs(const unsigned char* tile, const Row& row, int step, uint32_t table,
+                                               uint32_t* low, uint32_t* high) {
     unsigned first;
     const unsigned bits = row.four_bits(step, &first);
     const uint32_t selectors = __shfl_sync(kFullWarp, table, bits);  // The lane is bits % 32.
     const bool all = (~bits & 15) == 0;
-    const auto* words = reinterpret_cast<const uint32_t*>(row.values) + first / 2;
+    const auto* words = reinterpret_cast<const uint32_t*>(tile + (first & ~3u));
     uint32_t third = 0;
     if (all) third = words[2];
-    const uint32_t left = __funnelshift_r(words[0], words[1], first * 16);  // Values may begin inside a word.
-    uint32_t right = __funnelshift_r(words[1], third, first * 16);
+    const uint32_t left = __funnelshift_r(words[0], words[1], first * 8);  // Values may begin inside a word.
+    uint32_t right = __funnelshift_r(words[1], third, first * 8);
     if (!all) right &= 0xffff;
-    *low = __byte_perm(left, right, selectors);
-    *high = __byte_perm(left, right, selectors >> 16);
+    *low = ptx::prmt(left, right, selectors);
+    *high = ptx::prmt(left, right, selectors >> 16);
   }
 
   struct PlainRows {
+    const unsigned char* tile;
     Row rows[4];
     uint32_t table;
 
     __device__ __forceinline__ explicit PlainRows(const unsigned char* shared) : table(selectors_of(threadIdx.x % 16)) {
       const Position at;
       const Starts starts(shared);
+      tile = starts.tile;
 #pragma unroll
       for (int i = 0; i < 4; ++i) rows[i] = Row(starts, at.row0 + i * 8 + at.quad);
     }
@@ -311,7 +328,7 @@ struct Bitmap {
       if constexpr (std::is_same_v<T, float>) {
         unsigned first;
         const unsigned bits = rows[i].four_bits(step, &first);
-        const float* value = reinterpret_cast<const float*>(rows[i].values) + first;
+        const auto* value = reinterpret_cast<const float*>(tile + first);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           out[c] = 0.0f;
@@ -322,7 +339,7 @@ struct Bitmap {
           uint32_t words[2];
           T elements[4];
         };
-        pairs(rows[i], step, table, &words[0], &words[1]);
+        pairs(tile, rows[i], step, table, &words[0], &words[1]);
 #pragma unroll
         for (int c = 0; c < 4; ++c) out[c] = to_float(elements[c]);
       }
@@ -345,18 +362,18 @@ struct Bitmap {
       uint2 b[kTiles];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        if (j >= tiles) break;
+        if (j > 0 && j >= tiles) break;
         const int column = at.half * kTile + step * 16 + at.in_quad * 4;
         b[j] = *reinterpret_cast<const uint2*>(Tokens<T>::four(x, j * 8 + at.quad, column));
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         uint32_t a[4];
-        pairs(rows[i][0], step, table, &a[0], &a[2]);
-        pairs(rows[i][1], step, table, &a[1], &a[3]);
+        pairs(starts.tile, rows[i][0], step, table, &a[0], &a[2]);
+        pairs(starts.tile, rows[i][1], step, table, &a[1], &a[3]);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          if (j >= tiles) break;
+          if (j > 0 && j >= tiles) break;
           ptx::mma_m16n8k16<T>(sums[i][j], a, b[j].x, b[j].y);
         }
       }
@@ -395,7 +412,7 @@ struct Sums {
     const Position at;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      if (j >= tiles) break;
+      if (j > 0 && j >= tiles) break;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -456,28 +473,28 @@ __global__ void __launch_bounds__(kThreads, 3)
   using Mine = Sums<T, Weight, kTiles>;
   const int64_t row0 = int64_t{blockIdx.x} * kRows, token0 = int64_t{blockIdx.z} * Mine::kTokens;
   const int64_t first = blockIdx.y * stages_per_split;
-  const int64_t count = (first + stages_per_split < stages ? first + stages_per_split : stages) - first;
+  const int count = static_cast<int>((stages - first < stages_per_split ? stages - first : stages_per_split));
   const int64_t tokens_left = x.tokens - token0;
   const int tokens = tokens_left < Mine::kTokens ? static_cast<int>(tokens_left) : Mine::kTokens;
-  const int tiles = (tokens + 7) / 8, token_rows = kTiles == 0 ? kPlainTokens : tiles * 8;
-  const int stage_bytes = Weight::kBytes + token_rows * Tokens<T>::kRowBytes;
+  const int tiles = (tokens + 7) / 8;
+  constexpr int kStageBytes = Weight::kBytes + Mine::kTokens * Tokens<T>::kRowBytes;
 
-  const auto load = [&](int64_t step) {
+  const auto load = [&](int step) {
     if (step < count) {
-      unsigned char* stage = shared + step % kStages * stage_bytes;
+      unsigned char* stage = shared + step % kStages * kStageBytes;
       const int64_t column0 = (first + step) * kStageColumns;
       weight.load(stage, row0, column0);
-      x.load(stage + Weight::kBytes, token0, token_rows, column0);
+      x.template load<Mine::kTokens>(stage + Weight::kBytes, token0, column0);
     }
     ptx::cp_async_commit();  // Also when empty, so that the wait below can count groups.
   };
   Mine sums;
   for (int step = 0; step < kStages - 1; ++step) load(step);
-  for (int64_t step = 0; step < count; ++step) {
+  for (int step = 0; step < count; ++step) {
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // This stage has arrived for all; all are done with the one that is loaded next.
     load(step + kStages - 1);
-    const unsigned char* stage = shared + step % kStages * stage_bytes;
+    const unsigned char* stage = shared + step % kStages * kStageBytes;
     sums.add(stage, stage + Weight::kBytes, tiles);
   }
   __syncthreads();  // The last stage is read; its memory takes the sums of both halves, [half][token][row].
@@ -528,11 +545,10 @@ struct Problem {
     const int64_t stages = x.inputs > 0 ? ceil_divide(x.inputs, kStageColumns) : 1;
     const int64_t per_split = ceil_divide(stages, plan.splits), splits = ceil_divide(stages, per_split);
     if (splits == 1) out.partial = nullptr;
-    const int64_t rows = kTiles == 0 || x.tokens > kTokens ? kTokens : ceil_divide(x.tokens, 8) * 8;
-    const int64_t bytes = kStages * (Weight::kBytes + rows * Tokens<T>::kRowBytes);
+    constexpr size_t kBytes = kStages * (Weight::kBytes + kTokens * Tokens<T>::kRowBytes);
     const dim3 grid(blocks(ceil_divide(out.outputs, kRows)), blocks(splits), blocks(ceil_divide(x.tokens, kTokens)));
-    const cudaError_t error = launch(stream<T, Weight, kTiles, kStages>, grid, kThreads, static_cast<size_t>(bytes),
-                                     queue, weight, x, out, stages, per_split);
+    const cudaError_t error =
+        launch(stream<T, Weight, kTiles, kStages>, grid, kThreads, kBytes, queue, weight, x, out, stages, per_split);
     if (error != cudaSuccess || splits == 1) return error;
     const dim3 few(blocks(ceil_divide(out.outputs, kFinishThreads)), blocks(x.tokens < 65535 ? x.tokens : 65535));
     return launch(pyprune::finish<T>, few, kFinishThreads, 0, queue, out, static_cast<int>(splits));
@@ -550,11 +566,11 @@ int run(Problem<T, Weight<T>> p) {
   if constexpr (std::is_same_v<T, float>) {
     return cudaErrorInvalidValue;
   } else {
-    return p.x.tokens <= 16 ? p.template run<2, kNm ? 4 : 2>() : p.template run<8, kNm ? 3 : 2>();
+    return p.x.tokens <= 8 ? p.template run<1, kNm ? 4 : 2>() : p.template run<8, kNm ? 3 : 2>();
   }
 }
 
-bool valid(const SparseShape& s) { return s.tokens >= 0 && s.inputs >= 0 && s.outputs >= 0; }
+bool valid(const SparseShape& s) { return s.tokens >= 0 && s.inputs >= 0 && s.inputs <= INT32_MAX && s.outputs >= 0; }
 
 template <typename T>
 Tokens<T> tokens(const SparseShape& s, const void* x) {

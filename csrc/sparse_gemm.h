@@ -5,7 +5,8 @@
 // - x [tokens,inputs], y [tokens,outputs], bias [outputs] (or null) are contiguous, row-major elements of `dtype`.
 //   Products are accumulated in fp32.
 // - All pointers are device pointers of the current device; `stream` is a cudaStream_t. No function synchronises.
-// - Any size may be zero. Pointers need the alignment of their elements; bitmap and its values need 16 bytes, and
+// - Any size may be zero, inputs at most 2^31 - 1. Pointers need the alignment of their elements; bitmap and its values
+// need 16 bytes, and
 //   multiples of 16 bytes (2:4: rows of a multiple of 64 inputs) take the fast path for the others.
 // - y is overwritten. Results are bitwise the same from run to run, for the same `plan`.
 // - The packed weight is trusted: every index, bit and offset must be valid.

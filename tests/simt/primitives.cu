@@ -84,7 +84,7 @@ __global__ void multiply_sparse(const uint32_t* a, const uint32_t* b, const uint
 // out[lane] = bytes of b:a, b:a shifted right by `selector` bits, ones of a, a of two lanes below.
 __global__ void bits(const uint32_t* a, const uint32_t* b, const uint32_t* selector, uint32_t* out) {
   const int lane = threadIdx.x;
-  out[lane * 4] = __byte_perm(a[lane], b[lane], selector[lane]);
+  out[lane * 4] = ptx::prmt(a[lane], b[lane], selector[lane]);
   out[lane * 4 + 1] = __funnelshift_r(a[lane], b[lane], selector[lane]);
   out[lane * 4 + 2] = __popc(a[lane]);
   out[lane * 4 + 3] = __shfl_up_sync(0xffffffffu, a[lane], 2);

@@ -512,7 +512,6 @@ inline __half to_half(float value) {
   simt::shuffle(mask, value, simt::lane() ^ (bits), "__shfl_xor_sync", __LINE__)
 #define __shfl_up_sync(mask, value, lanes) \
   simt::shuffle(mask, value, simt::lane() - (simt::lane() < (lanes) ? 0 : (lanes)), "__shfl_up_sync", __LINE__)
-#define __byte_perm(a, b, selector) simt::permute_bytes(a, b, selector, __LINE__)
 
 template <typename T>
 T __ldg(const T* pointer) {
