@@ -98,26 +98,33 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
   }
 }
 
+// Ascending places may be promised, and should be, from CUDA 12.5 on.
+#if CUDART_VERSION >= 12050
+#define PYPRUNE_MMA_SP "mma.sp::ordered_metadata"
+#else
+#define PYPRUNE_MMA_SP "mma.sp"
+#endif
+
 // d += A B for one 16x8 tile over k = 32, A with two of every four columns kept, fp32 accumulation.
 // The two places of every four columns are ascending ("ordered"); anything else is undefined.
 template <typename T, int kSelector>
 __device__ __forceinline__ void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
                                                 uint32_t metadata) {
   if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
-          "n"(kSelector));
+    asm volatile(PYPRUNE_MMA_SP
+                 ".sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                 "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+                   "r"(metadata), "n"(kSelector));
   } else {
     static_assert(std::is_same_v<T, __nv_bfloat16>, "mma_sp_m16n8k32 takes __half or __nv_bfloat16");
-    asm volatile(
-        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
-          "n"(kSelector));
+    asm volatile(PYPRUNE_MMA_SP
+                 ".sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                 "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+                   "r"(metadata), "n"(kSelector));
   }
 }
 

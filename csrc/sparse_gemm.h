@@ -25,8 +25,8 @@ struct SparseShape {
 };
 
 struct SparsePlan {
-  // Tensor cores: bf16 and fp16, any number of tokens, which are taken 64 at a time. Otherwise plain multiply-adds:
-  // also fp32, four tokens at a time.
+  // Tensor cores: bf16 and fp16, 64 tokens at a time. Otherwise plain multiply-adds: also fp32, four tokens at a time.
+  // At most 65535 times, and as many splits.
   bool tensor_cores;
   // The inputs are cut into so many parts (at least 1), of which blocks of their own sum the products; a second kernel
   // adds them in order. More than one needs `partial`, fp32 [splits,tokens,outputs], contents undefined before and
