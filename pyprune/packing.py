@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ WORTHWHILE = 1.15
 """Dense over packed bytes from which on a linear is packed without a measurement."""
 DECODE_TOKENS = 64
 """Tokens up to which the kernels multiply from the packed weight; above, it is expanded for the dense product."""
-ROUNDS = 5
+ROUNDS = 7
 
 
 @dataclass(frozen=True)
@@ -297,7 +296,8 @@ def _format(pattern: tuple[int, int] | None) -> str:
 
 @torch.no_grad()
 def _measure(pairs: list[tuple[Tensor, SparseLinear]], batch: int) -> float:
-    """Dense over packed time of all these linears, one after the other; the median of interleaved rounds."""
+    """Dense over packed time of all these linears, one after the other: each at its fastest in interleaved rounds,
+    which other work on the machine disturbs least."""
     weight = pairs[0][0]
     x = torch.randn(batch, weight.shape[1], device=weight.device).to(weight.dtype)
 
@@ -309,8 +309,8 @@ def _measure(pairs: list[tuple[Tensor, SparseLinear]], batch: int) -> float:
         for _, module in pairs:
             module(x)
 
-    ratios = [_seconds(dense, x.device) / _seconds(packed, x.device) for _ in range(ROUNDS + 1)]
-    return statistics.median(ratios[1:])  # the first round warms up
+    times = [(_seconds(dense, x.device), _seconds(packed, x.device)) for _ in range(ROUNDS)]
+    return min(first for first, _ in times) / min(second for _, second in times)
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:
