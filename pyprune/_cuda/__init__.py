@@ -3,7 +3,6 @@
 from pyprune._cuda.common import runs_on
 from pyprune._cuda.hsm import Hsm
 from pyprune._cuda.lora_score import LoraScore
-from pyprune._cuda.nm_adamw import NmAdamw
 from pyprune._cuda.rank import Rank
 from pyprune._cuda.sparse_gemm import SparseGemm
 from pyprune._cuda.sparsegpt import SparseGpt
@@ -12,7 +11,7 @@ from pyprune._cuda.transposable import Transposable
 __all__ = ["CudaKernels", "runs_on"]
 
 
-class CudaKernels(Hsm, LoraScore, NmAdamw, Rank, SparseGemm, SparseGpt, Transposable):
+class CudaKernels(Hsm, LoraScore, Rank, SparseGemm, SparseGpt, Transposable):
     """See `pyprune.ops.Implementation`."""
 
     name = "cuda"
