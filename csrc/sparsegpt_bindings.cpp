@@ -41,6 +41,12 @@ void bind_cpu(py::module_& m) {
           const py::gil_scoped_release release;
           kernels().slab(slab, threads);
         });
+  m.def("sparsegpt_select", [](int64_t rows, int64_t columns, int64_t begin, int width, Address work, Address upper,
+                               Address keep, int64_t drop, int threads) {
+    const auto slab = make_slab(rows, columns, begin, width, 0, 0, work, upper, keep, 0, 0, 0, 0.0f, 0);
+    const py::gil_scoped_release release;
+    kernels().select(slab, drop, threads);
+  });
 }
 
 #endif  // PYPRUNE_WITH_CPU

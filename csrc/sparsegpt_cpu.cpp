@@ -77,13 +77,18 @@ void solve_rows(const SparseGptSlab& s, int64_t first_row, int count) {
       round_column(w, scale, zero, s.levels, solved);
     }
     const float diagonal = row[j];
+    float error[kLanes];
+#pragma omp simd
     for (int r = 0; r < kLanes; ++r) {
       const float stays = kept[j][r] ? solved[r] : 0.0f;
-      errors[j][r] = (tile[j][r] - stays) / diagonal;
+      error[r] = (tile[j][r] - stays) / diagonal;
+      errors[j][r] = error[r];
       tile[j][r] = stays;
     }
     for (int k = j + 1; k < s.width; ++k) {
-      for (int r = 0; r < kLanes; ++r) tile[k][r] -= errors[j][r] * row[k];
+      const float u = row[k];
+#pragma omp simd
+      for (int r = 0; r < kLanes; ++r) tile[k][r] -= error[r] * u;
     }
   }
   for (int r = 0; r < count; ++r) {
@@ -101,8 +106,70 @@ void slab(const SparseGptSlab& s, int threads) {
   }
 }
 
+// The scores of one row of the slab as integers of the same order: squares have no sign.
+void score_row(const SparseGptSlab& s, const float* diagonal, int64_t row, int32_t* scores) {
+  const float* w = s.work + row * s.columns + s.begin;
+#pragma omp simd
+  for (int j = 0; j < s.width; ++j) {
+    const float ratio = w[j] / diagonal[j];
+    scores[j] = bits_of(ratio * ratio);
+  }
+}
+
+// A radix select: three rounds of counting find the 31 bits of the highest score that goes, one pass over the slab
+// each.
+void select(const SparseGptSlab& s, int64_t drop, int threads) {
+  constexpr int kMaxBins = 2048;
+  constexpr struct {
+    int shift, bits;
+  } kRounds[] = {{20, 11}, {9, 11}, {0, 9}};
+  float diagonal[kMaxSlab];
+  for (int j = 0; j < s.width; ++j) diagonal[j] = s.upper[(s.begin + j) * (s.columns + 1)];
+
+  int32_t found = 0;    // the bits so far
+  int64_t left = drop;  // how many go among the scores that begin with them
+  int64_t equal = 0;    // how many there are
+  for (const auto& round : kRounds) {
+    const int32_t bins = 1 << round.bits;
+    int64_t counts[kMaxBins] = {};
+#pragma omp parallel num_threads(threads)
+    {
+      int32_t mine[kMaxBins] = {}, scores[kMaxSlab];
+#pragma omp for schedule(static) nowait
+      for (int64_t row = 0; row < s.rows; ++row) {
+        score_row(s, diagonal, row, scores);
+        for (int j = 0; j < s.width; ++j) {
+          const int32_t begins = scores[j] >> round.shift;
+          if (begins >> round.bits == found) ++mine[begins & (bins - 1)];
+        }
+      }
+#pragma omp critical(pyprune_sparsegpt_select)
+      for (int32_t bin = 0; bin < bins; ++bin) counts[bin] += mine[bin];
+    }
+    int32_t bin = 0;
+    for (; bin < bins - 1 && counts[bin] < left; ++bin) left -= counts[bin];
+    found = found << round.bits | bin;
+    equal = counts[bin];
+  }
+
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < s.rows; ++row) {
+    int32_t scores[kMaxSlab];
+    score_row(s, diagonal, row, scores);
+    uint8_t* keep = s.keep + row * s.columns + s.begin;
+    for (int j = 0; j < s.width; ++j) keep[j] = drop == 0 || scores[j] > found;
+  }
+  for (int64_t row = 0; row < s.rows && drop != 0 && equal > left; ++row) {  // ties at the threshold are rare
+    int32_t scores[kMaxSlab];
+    score_row(s, diagonal, row, scores);
+    for (int j = 0; j < s.width; ++j) {
+      if (scores[j] == found && left-- <= 0) s.keep[row * s.columns + s.begin + j] = 1;
+    }
+  }
+}
+
 }  // namespace
 
-extern const SparseGptCpuKernels PYPRUNE_JOIN(sparsegpt_cpu_, PYPRUNE_ISA) = {slab};
+extern const SparseGptCpuKernels PYPRUNE_JOIN(sparsegpt_cpu_, PYPRUNE_ISA) = {slab, select};
 
 }  // namespace pyprune

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyprune._cpu.common import address
 from pyprune._cuda.common import Launchers
-from pyprune.reference.sparsegpt import Problem, solve_in_slabs
+from pyprune.reference.sparsegpt import Problem, select, solve_in_slabs
 
 WIDEST = 128
 """kMaxSlab of csrc/sparsegpt.h."""
@@ -30,7 +30,7 @@ class SparseGpt(Launchers):
         levels: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem = Problem.start(weight, hinv_upper, scale, zero, n, m, levels)
-        return solve_in_slabs(problem, drop, per_row, block, WIDEST, self._solve_slab)
+        return solve_in_slabs(problem, drop, per_row, block, WIDEST, self._solve_slab, select)
 
     def _solve_slab(self, problem: Problem, begin: int, end: int) -> Tensor:
         errors = problem.work.new_empty(len(problem.work), end - begin)

@@ -44,6 +44,10 @@ SlabSolver = Callable[[Problem, int, int], Tensor]
 """Solves columns [begin, end) of a problem in place, looking at no other; returns the errors e [out, end - begin]."""
 
 
+Selector = Callable[[Problem, int, int, int], None]
+"""Chooses what of columns [begin, end) goes: writes `keep`, so many of them dropped from all rows together."""
+
+
 def sparsegpt_solve(
     weight: Tensor,
     hinv_upper: Tensor,
@@ -58,24 +62,33 @@ def sparsegpt_solve(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `pyprune.ops.sparsegpt_solve`."""
     problem = Problem.start(weight, hinv_upper, scale, zero, n, m, levels)
-    return solve_in_slabs(problem, drop, per_row, block, block, _solve_slab)
+    return solve_in_slabs(problem, drop, per_row, block, block, _solve_slab, select)
 
 
 def solve_in_slabs(
-    problem: Problem, drop: int, per_row: bool, block: int, widest: int, solve_slab: SlabSolver
+    problem: Problem,
+    drop: int,
+    per_row: bool,
+    block: int,
+    widest: int,
+    solve_slab: SlabSolver,
+    select_slab: Selector,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What every implementation shares: what goes is chosen slab by slab (of `block` columns), and the errors of up to
     `widest` columns that `solve_slab` takes at once reach the columns behind them by one matrix product."""
-    work, upper, (rows, columns) = problem.work, problem.upper, problem.work.shape
+    work, upper, columns = problem.work, problem.upper, problem.work.shape[1]
     step = min(block, widest)
     if problem.n:
         step = step // problem.m * problem.m
     loss = work.new_zeros((), dtype=torch.float64)
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
-        if not problem.n:
-            scores = (work[:, begin:end] / upper.diagonal()[begin:end]).square()
-            problem.keep[:, begin:end] = _keep_in_slab(scores, drop, begin, end, columns, per_row)
+        if per_row and not problem.n:
+            each = drop // max(1, len(work))
+            scores = _scores(problem, begin, end)
+            problem.keep[:, begin:end] = keep_highest(scores, each * end // columns - each * begin // columns)
+        elif not problem.n:
+            select_slab(problem, begin, end, drop * end // columns - drop * begin // columns)
         for first in range(begin, end, step):
             last = min(first + step, end)
             errors = solve_slab(problem, first, last)
@@ -84,11 +97,14 @@ def solve_in_slabs(
     return work, pack_bits(problem.keep), loss.to(work.dtype)
 
 
-def _keep_in_slab(scores: Tensor, drop: int, begin: int, end: int, columns: int, per_row: bool) -> Tensor:
-    if per_row:
-        drop //= len(scores)
-    here = drop * end // columns - drop * begin // columns
-    return keep_highest(scores if per_row else scores.reshape(1, -1), here).view_as(scores)
+def select(problem: Problem, begin: int, end: int, drop: int) -> None:
+    """A `Selector`."""
+    scores = _scores(problem, begin, end)
+    problem.keep[:, begin:end] = keep_highest(scores.reshape(1, -1), drop).view_as(scores)
+
+
+def _scores(problem: Problem, begin: int, end: int) -> Tensor:
+    return (problem.work[:, begin:end] / problem.upper.diagonal()[begin:end]).square()
 
 
 def _solve_slab(problem: Problem, begin: int, end: int) -> Tensor:
