@@ -81,7 +81,7 @@ def _from_bitmask(linear: str, entries: Mapping[str, Entry]) -> Tensor:
             raise CheckpointError(f"{entries[f'{linear}.bitmask'].file}: tensor {linear}.{part} is missing")
         with safe_open(entry.file, framework="pt") as reader:
             parts[part] = reader.get_tensor(f"{linear}.{part}")
-    values, bitmask, shape = parts["compressed"].flatten(), parts["bitmask"], parts["shape"].flatten().tolist()
+    values, bitmask, shape = parts["compressed"].flatten(), parts["bitmask"], parts["shape"].flatten().long().tolist()
     file = entries[f"{linear}.bitmask"].file
     if len(shape) != 2 or bitmask.dtype != torch.uint8 or list(bitmask.shape) != [shape[0], -(-shape[1] // 8)]:
         raise CheckpointError(

@@ -83,10 +83,9 @@ class SparseQuantizer(HfQuantizer):
         return None, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # a config's, once it was written
-            dtype = getattr(torch, dtype)
+        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config's is text once it was written
         for name, linear in packed_linears(model).items():
-            model.set_submodule(name, stock_linear(linear, dtype))
+            model.set_submodule(name, stock_linear(linear, kind))
         return model
 
     def is_serializable(self) -> bool:
