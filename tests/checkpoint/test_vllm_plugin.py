@@ -67,7 +67,7 @@ class LinearBase(nn.Module):
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """pyprune.vllm, imported beside the stand-ins."""
+    """pyprune.vllm_plugin, imported beside the stand-ins."""
     registered: dict[str, type] = {}
 
     def register_quantization_config(name: str) -> Any:
@@ -98,8 +98,8 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         module = ModuleType(name)
         module.__dict__.update(attributes, __path__=[])
         monkeypatch.setitem(sys.modules, name, module)
-    yield importlib.import_module("pyprune.vllm")
-    sys.modules.pop("pyprune.vllm")
+    yield importlib.import_module("pyprune.vllm_plugin")
+    sys.modules.pop("pyprune.vllm_plugin")
 
 
 def packed_model() -> tuple[nn.Module, nn.Module]:
@@ -139,7 +139,7 @@ def dense(model: nn.Module, *names: str) -> list[Tensor]:
 
 def test_entry_point_registers_once(plugin: ModuleType) -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '[project.entry-points."vllm.general_plugins"]\npyprune = "pyprune.vllm:register"\n' in project
+    assert '[project.entry-points."vllm.general_plugins"]\npyprune = "pyprune.vllm_plugin:register"\n' in project
     for _ in range(2):
         plugin.register()
     registry = sys.modules["vllm.model_executor.layers.quantization"]
