@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -103,7 +102,6 @@ def run(trial: Trial, dense: Path, calibration: Sequence[Tensor], text: TokenStr
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     model, blocks = open_model(dense, recipe.dtype), path.with_suffix("")
-    start = time.monotonic()
     method = trial.method()
     pruned = prune(
         model,
@@ -114,10 +112,9 @@ def run(trial: Trial, dense: Path, calibration: Sequence[Tensor], text: TokenStr
         keep=recipe.keep,  # type: ignore[arg-type]
         progress=True,
     )
-    seconds = time.monotonic() - start
     record = {
         **{"method": trial.name, "level": trial.level, "options": ", then ".join(map(repr, (method, *trial.then)))},
-        **{"sparsity": pruned.sparsity, "zeros": pruned.zeros, "size": pruned.size, "seconds": seconds},
+        **{"sparsity": pruned.sparsity, "zeros": pruned.zeros, "size": pruned.size},
         **{"perplexity": measure(model, text, recipe)},
     }
     write_json(path, record)
@@ -159,7 +156,6 @@ def rows(records: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, An
             "level": record["level"],
             "sparsity": f"{record['sparsity']:.6f}",
             "perplexity": f"{record['perplexity']:.4f}",
-            "seconds": f"{record['seconds']:.0f}",
             **shared,
             "options": record["options"],
         }
@@ -268,13 +264,11 @@ def main() -> None:
         perplexity = measure(open_model(dense, recipe.dtype), text, recipe)
         write_json(
             path,
-            {"method": "dense", "level": "0", "options": "", "sparsity": 0, "seconds": 0, "perplexity": perplexity},
+            {"method": "dense", "level": "0", "options": "", "sparsity": 0, "perplexity": perplexity},
         )
     for trial in trials(arguments.methods, arguments.levels):
         record = run(trial, dense, calibration, text, recipe, arguments.out)
-        print(
-            f"{trial.name} {trial.level}: perplexity {record['perplexity']:.2f}, {record['seconds']:.0f} s", flush=True
-        )
+        print(f"{trial.name} {trial.level}: perplexity {record['perplexity']:.2f}", flush=True)
     records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(arguments.out.glob("*.json"))]
     write_csv(rows(records, recipe), CSV)
     picture(read_csv(CSV), CSV.with_suffix(".png"))
