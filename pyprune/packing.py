@@ -22,7 +22,7 @@ PATTERNS = ((1, 4), (2, 4), (2, 8), (4, 8))
 """N:M patterns that are looked for, besides the bitmap that takes any zeros."""
 WORTHWHILE = 1.15
 """Dense over packed bytes from which on a linear is packed without a measurement."""
-DECODE_TOKENS = 64
+DECODE_TOKENS = {"cpu": 16, "cuda": 64}
 """Tokens up to which the kernels multiply from the packed weight; above, it is expanded for the dense product."""
 ROUNDS = 7
 
@@ -269,15 +269,15 @@ def _decide(group: list[_Candidate], batch: int, measure: bool) -> Iterator[tupl
             sparsity=1 - found.packing.kept / max(weight.numel(), 1),
             dense_bytes=weight.nbytes,
             packed_bytes=size,
-            expected_gain=_expected_gain(weight.nbytes, size, batch),
+            expected_gain=_expected_gain(weight, size, batch),
             measured_gain=gain,
             reason=reason,
         )
         yield report, module
 
 
-def _expected_gain(dense: int, packed: int, batch: int) -> float:
-    return dense / max(packed, 1) if batch <= DECODE_TOKENS else 1.0
+def _expected_gain(weight: Tensor, packed: int, batch: int) -> float:
+    return weight.nbytes / max(packed, 1) if batch <= DECODE_TOKENS.get(weight.device.type, 0) else 1.0
 
 
 def _packed_before(name: str, linear: SparseLinear) -> LayerReport:
