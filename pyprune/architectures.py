@@ -287,13 +287,13 @@ class Decoder:
 
 def _heads(i: int, block: Block, head_dim: int) -> Groups:
     """Groups of a key/value head with its query heads, which stock code keeps side by side."""
-    queries = weight_of(block.writes[0]).shape[1]
+    queries = size_of(block.writes[0])[1]
     linears = block.reads[0].linears
     if len(linears) == 1:  # queries, keys and values are the rows of one matrix
-        keys = (weight_of(linears[0]).shape[0] - queries) // 2
+        keys = (size_of(linears[0])[0] - queries) // 2
         rows = [(linears[0], 0, queries), (linears[0], queries, keys), (linears[0], queries + keys, keys)]
     else:
-        rows = [(linear, 0, weight_of(linear).shape[0]) for linear in linears]
+        rows = [(linear, 0, size_of(linear)[0]) for linear in linears]
     count = rows[1][2] // head_dim
     parts = [Part(linear, 0, offset, size // count) for linear, offset, size in rows]
     return Groups(i, "heads", count, (*parts, Part(block.writes[0], 1, 0, queries // count)))
@@ -301,11 +301,11 @@ def _heads(i: int, block: Block, head_dim: int) -> Groups:
 
 def _channels(i: int, block: Block) -> Groups:
     """Every channel of an MLP: its row of each linear that reads, its column of the one that writes."""
-    count = weight_of(block.writes[1]).shape[1]
+    count = size_of(block.writes[1])[1]
     readers = [
         Part(linear, 0, offset, 1)
         for linear in block.reads[1].linears
-        for offset in range(0, weight_of(linear).shape[0], count)
+        for offset in range(0, size_of(linear)[0], count)
     ]
     return Groups(i, "channels", count, (*readers, Part(block.writes[1], 1, 0, 1)))
 
@@ -330,6 +330,12 @@ def base(module: nn.Module) -> nn.Module:
 def weight_of(module: nn.Module) -> nn.Parameter:
     """The weight of a layer, looking through adapters."""
     return base(module).get_parameter("weight")
+
+
+def size_of(linear: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear; the weight of a quantised one may have any shape."""
+    layer: Any = base(linear)
+    return int(layer.out_features), int(layer.in_features)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -23,12 +23,12 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyprune import ops
 from pyprune.architectures import Decoder, Groups, Part, base, describe, weight_of
+from pyprune.surgery import dense_weight
 
 Scores = dict[str, Tensor]
 Criterion = Callable[[nn.Module, Sequence[Tensor]], Scores]
@@ -99,12 +99,6 @@ def add_parts(
         values = values if alive is None else values * alive.to(values)
         total = total + (values / (values.norm() + 1e-8) if normalised else values)
     return total
-
-
-def dense_weight(linear: nn.Module) -> Tensor:
-    """A linear's weight [out, in] as numbers: a 4-bit or 8-bit one through its quantiser's own dequantisation."""
-    weight = weight_of(linear)
-    return weight.detach() if weight.is_floating_point() else dequantize_module_weight(base(linear)).detach()
 
 
 # ---------------------------------------------------------------------------------------------------------- the weights

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from pyprune import evaluation, removal, surgery
-from pyprune.architectures import Decoder, describe, weight_of
+from pyprune.architectures import Decoder, describe, size_of, weight_of
 
 AXES = ("heads", "channels", "hidden", "layers")
 FINEST = ("channels", "hidden", "heads", "layers")  # the axis that meets a target, the others being rounded first
@@ -104,6 +104,9 @@ class Sizes:
             self._hidden(surgery.output_axes(writer))
         self._hidden((weight_of(reads.norm), 0) for reads in decoder.reads())
         self.block_of = {p: i for i, block in enumerate(decoder.blocks) for p in block.module.parameters()}
+        linears = {part.linear for groups in decoder.groups() for part in groups.parts}
+        self.shapes = {weight_of(linear): size_of(linear) for linear in linears}
+        self.plain_bytes = weight_of(decoder.final_norm).element_size()  # of a quantised weight, once it is dequantised
         self.parameters = list(decoder.model.parameters())
         if untied and decoder.tied:
             self.parameters.append(weight_of(decoder.head))
@@ -114,13 +117,16 @@ class Sizes:
 
     def count(self, widths: Widths, unit: str = "params") -> int:
         """Parameters, or bytes, of the whole model, shared ones once."""
-        return sum(self._one(p, widths) * (p.element_size() if unit == "bytes" else 1) for p in self.parameters)
+        return sum(self._one(p, widths) * (self._bytes(p) if unit == "bytes" else 1) for p in self.parameters)
+
+    def _bytes(self, parameter: nn.Parameter) -> int:
+        return parameter.element_size() if parameter.is_floating_point() else self.plain_bytes
 
     def _one(self, parameter: nn.Parameter, widths: Widths) -> int:
         if parameter in self.block_of and not widths.heads[self.block_of[parameter]]:
             return 0
         total = 1
-        for dim, size in enumerate(parameter.shape):
+        for dim, size in enumerate(self.shapes.get(parameter, parameter.shape)):
             axis, block, per = self.axes.get(parameter, {}).get(dim, ("", 0, 0))
             total *= {"": size, "hidden": widths.hidden}.get(axis) or getattr(widths, axis)[block] * per
         return total

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import surgery
-from pyprune.architectures import Decoder, Groups, Part, describe, weight_of
+from pyprune.architectures import Decoder, Groups, Part, describe, size_of, weight_of
 from pyprune.surgery import Selection
 
 
@@ -74,7 +74,7 @@ def remove_groups(model: nn.Module, kept: Mapping[str, Sequence[int] | Tensor]) 
             parts = [part for part in groups.parts if part.linear is linear]  # several when they share a matrix
             index = torch.cat([entries(part.width, part.offset, chosen[groups.name]) for part in parts])
             if dim == 1:
-                surgery.keep_dora_norms(linear, surgery.complement(index, weight_of(linear).shape[1]))
+                surgery.keep_dora_norms(linear, surgery.complement(index, size_of(linear)[1]))
             selections |= {parameter: Selection(axis, index) for parameter, axis in axes_of(parts[0])}
     surgery.select(selections, linears)
     decoder.state_widths()
@@ -124,9 +124,9 @@ def masked(model: nn.Module, kept: Mapping[str, Sequence[int] | Tensor]) -> Iter
     handles = []
     for name, index in kept.items():
         writer = found[name].writer
-        mask = torch.zeros(weight_of(writer.linear).shape[1])
+        mask = torch.zeros(size_of(writer.linear)[1], device=weight_of(writer.linear).device)
         mask[entries(writer.width, writer.offset, check_groups(found[name], index))] = 1
-        handles.append(writer.linear.register_forward_pre_hook(_times(mask.to(weight_of(writer.linear)))))
+        handles.append(writer.linear.register_forward_pre_hook(_times(mask)))
     try:
         yield decoder
     finally:
@@ -135,4 +135,4 @@ def masked(model: nn.Module, kept: Mapping[str, Sequence[int] | Tensor]) -> Iter
 
 
 def _times(mask: Tensor) -> Callable[..., tuple[Any, ...]]:
-    return lambda module, args: (args[0] * mask, *args[1:])
+    return lambda module, args: (args[0] * mask.to(args[0].dtype), *args[1:])

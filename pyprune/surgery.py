@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from pyprune.architectures import Decoder, base, describe, unwrap, weight_of
@@ -152,17 +153,50 @@ def _refuse_quantised(layers: Collection[nn.Module], what: str) -> None:
 def fold_adapters(model: nn.Module) -> nn.Module:
     """Merge LoRA and DoRA adapters into the weights (PEFT's merge) and return the stock model inside.
 
-    A tied head that has an adapter of its own is untied first, or the adapter would leak into the embedding.
+    A tied head that has an adapter of its own is untied first, or the adapter would leak into the embedding. A
+    quantised base is dequantised first: merged in 4 bits, the adapters would be rounded away.
 
     Raises:
-        ValueError: merged weights that are not finite (PEFT's message names the adapter).
+        ValueError: merged weights that are not finite (PEFT's message names the adapter), DoRA on a quantised base.
     """
     if not callable(getattr(model, "merge_and_unload", None)):
         return unwrap(model)
     decoder = describe(model)
+    _fold_quantised(model)
     if base(decoder.head) is not decoder.head:
         untie(decoder)
     return model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+
+
+def quantised(linear: nn.Module) -> bool:
+    """Whether a linear's weight is stored in fewer bits than it computes with."""
+    return not weight_of(linear).is_floating_point()
+
+
+def dense_weight(linear: nn.Module) -> torch.Tensor:
+    """A linear's weight [out, in] as numbers; a quantised one through its quantiser's own dequantisation."""
+    weight = weight_of(linear).detach()
+    return dequantize_module_weight(base(linear)).detach() if quantised(linear) else weight
+
+
+@torch.no_grad()
+def _fold_quantised(model: nn.Module) -> None:
+    """Replace every LoRA layer on a quantised linear by a plain linear of its dequantised weight plus the update."""
+    found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if _adapters(m) and quantised(m)]
+    for name, layer in found:
+        if _dora_adapters(layer):
+            raise ValueError(f"fold_adapters: {name} has DoRA on a quantised weight; train with LoRA instead")
+        weight = dense_weight(layer)
+        update = sum(
+            layer.scaling[a] * (layer.lora_B[a].weight.float() @ layer.lora_A[a].weight.float())
+            for a in _adapters(layer)
+        )
+        bias = base(layer).bias
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter((weight.float() + update).to(weight.dtype))
+        plain.bias = None if bias is None else nn.Parameter(bias.to(weight.dtype))
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, plain)
 
 
 class CompactDora(DoraLinearLayer):

@@ -112,8 +112,13 @@ class LoRAPrune(Structured):
         Raises:
             ValueError: the target cannot be met, or `resume` is of another model or target; nothing was changed.
         """
-        widths, dense = self.widths(model), {g.name: g.count for g in describe(model).groups()}
         groups = describe(model).groups()
+        widths, dense = self.widths(model), {g.name: g.count for g in groups}
+        if self.milestones and any(surgery.quantised(g.writer.linear) for g in groups):
+            raise ValueError(
+                f"milestones is {self.milestones}, but the model's weights are quantised, which cannot be cut in "
+                "training; use milestones=0: they are dequantised and cut when all is trained"
+            )
         final = {g.name: getattr(widths, g.axis)[g.block] for g in groups}
         present = _resumed(resume, dense, final) if resume else {name: torch.arange(n) for name, n in dense.items()}
         removal.remove_groups(model, {name: index for name, index in present.items() if len(index) < dense[name]})

@@ -57,7 +57,7 @@ def test_plan_prints_saves_and_applies(
     for wrong, message in (
         (("--target", "params=0.8", "--out", str(small)), "belong together"),
         (("--apply", str(saved), "--out", str(small)), "not an empty folder"),
-        (("--target", "params=2"), "nothing would go"),
+        (("--target", "params=1", "--criterion", "magnitude"), "nothing would go"),
         (("--target", "params=0.8", "--criterion", "taylor"), "needs token ids"),
         (("--target", "params=0.8", "--skip", "first"), "--skip first: expected numbers"),
         (("--apply", text, "--out", str(tmp_path / "other")), "not a plan that pyprune wrote"),
