@@ -1,0 +1,52 @@
+"""`pyprune tune --method ast`: what it writes, that it resumes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from pyprune.cli import main
+from pyprune.modules import SparseLinear
+
+QUICK = (
+    "--method ast --baselines none --steps 6 --window 32 --batch-size 2 --save-every 2 --refresh 2 --eval-window 64 "
+    "--prompt-tokens 8 --new-tokens 2 --repeats 1 --learning-rate 0.01 --warmup 0"
+)
+
+
+def test_a_run_writes_dense_and_packed(
+    tmp_path: Path, tiny_llama: Path, prose: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "prose.txt", tmp_path / "run"
+    text.write_text(prose)
+    arguments = ["tune", str(tiny_llama), "--data", str(text), "--out", str(out), "--json", *QUICK.split()]
+    assert main(arguments) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["sparsity"] == pytest.approx(0.5, abs=1e-3) and summary["bytes_packed"] < summary["bytes_dense"]
+    assert summary["block_params_pruned"] < 0.6 * summary["block_params_dense"]
+    dense, packed = (AutoModelForCausalLM.from_pretrained(out / name).eval() for name in ("dense", "packed"))
+    up = dense.model.layers[0].mlp.up_proj
+    assert type(up) is nn.Linear and bool(((up.weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
+    assert type(packed.model.layers[0].mlp.up_proj) is SparseLinear
+    ids = torch.arange(20)[None]
+    with torch.no_grad():  # the same products, summed in another order
+        torch.testing.assert_close(packed(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    assert main([*arguments, "--resume"]) == 0  # everything is done
+    assert json.loads(capsys.readouterr().out)["ppl_pruned"] == summary["ppl_pruned"]
+    assert main([*arguments, "--resume", "--pattern", "1:4"]) == 2
+    assert "pattern was '2:4' and is now '1:4'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_pattern_that_does_not_fit_is_refused_before_anything_is_read(
+    tmp_path: Path, tiny_llama: Path, prose: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prose.txt").write_text(prose)
+    arguments = ["tune", str(tiny_llama), "--data", str(tmp_path / "prose.txt"), "--out", str(tmp_path / "run")]
+    assert main([*arguments, *QUICK.split(), "--pattern", "2:5"]) == 2
+    assert "the pattern 2:5 needs the inputs to be a multiple of 5" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
