@@ -51,6 +51,9 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CLANG)
 
+sanitize: install
+	tests/ops/sanitize.sh
+
 bench: install
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script --save || exit 1; done
 

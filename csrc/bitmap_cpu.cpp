@@ -75,30 +75,39 @@ void pack(int64_t rows, int64_t columns, const void* weight_, const uint8_t* bit
   }
 }
 
+// Tiles side by side that are unpacked together, row by row: a row of one tile is too short a piece to write, and rows
+// often lie a power of two apart, where the cache holds only a few.
+constexpr int kTogether = 8;
+
 template <typename T>
 void unpack(int64_t first_tile_row, int64_t rows, int64_t columns, const void* values_, const uint8_t* bitmap,
             const int64_t* offsets, int64_t values_size, void* weight_, int threads) {
   T* weight = static_cast<T*>(weight_);
+  const T* values = static_cast<const T*>(values_);
   const int64_t tile_rows = ceil_div(rows, kTile), tile_columns = ceil_div(columns, kTile);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t tile_row = 0; tile_row < tile_rows; ++tile_row) {
     const int64_t height = smaller(kTile, rows - tile_row * kTile);
-    for (int64_t tile_column = 0; tile_column < tile_columns; ++tile_column) {
+    int64_t tile_column = 0;
+    while (tile_column < tile_columns) {
       const int64_t tile = (first_tile_row + tile_row) * tile_columns + tile_column;
-      const int64_t width = smaller(kTile, columns - tile_column * kTile);
-      T* target = weight + tile_row * kTile * columns + tile_column * kTile;
+      int64_t together = smaller(kTogether, tile_columns - tile_column);
       T tail[kTile * kTile + kWord];
-      const T* values = readable(static_cast<const T*>(values_), offsets[tile], offsets[tile + 1], values_size, tail);
+      if (offsets[tile + together] + kWord > values_size) together = 1;  // the tail is that of one tile
+      const T* next[kTogether] = {readable(values, offsets[tile], offsets[tile + 1], values_size, tail)};
+      for (int64_t k = 1; k < together; ++k) next[k] = values + offsets[tile + k];
       for (int64_t i = 0; i < height; ++i) {
-        const uint64_t word = load_word(bitmap + (tile * kTile + i) * 8, 8);
-        if (width == kTile) {
-          values += expand_word(word, values, target + i * columns);
-        } else {
+        T* target = weight + (tile_row * kTile + i) * columns + tile_column * kTile;
+        for (int64_t k = 0; k < together; ++k) {
+          const uint64_t word = load_word(bitmap + ((tile + k) * kTile + i) * 8, 8);
+          const int64_t width = smaller(kTile, columns - (tile_column + k) * kTile);
           T edge[kWord];
-          values += expand_word(word, values, edge);
-          memcpy(target + i * columns, edge, static_cast<size_t>(width) * sizeof(T));
+          T* out = target + k * kTile;
+          next[k] += expand_word(word, next[k], width == kTile ? out : edge);
+          if (width < kTile) memcpy(out, edge, static_cast<size_t>(width) * sizeof(T));
         }
       }
+      tile_column += together;
     }
   }
 }

@@ -153,6 +153,13 @@ struct BitmapSource {
 // The sources with whole rows take 16 at a time, because each row is a stream of its own, and longer pieces of them.
 constexpr int kLongRows = 16, kLongWords = 4;
 
+// Sixteen streams are more than the processor foresees: asks for what a row needs a chunk after the next.
+template <typename T>
+inline void fetch_ahead(const T* row, int64_t elements) {
+  const char* ahead = reinterpret_cast<const char*>(row + 2 * elements);
+  for (size_t byte = 0; byte < elements * sizeof(T); byte += 64) __builtin_prefetch(ahead + byte);
+}
+
 template <typename T>
 struct NmSource {
   static constexpr int kRows = kLongRows, kWords = kLongWords;
@@ -186,6 +193,7 @@ struct NmSource {
     void next() {
       column += kWord * kWords;
       for (int i = 0; i < present; ++i) {
+        fetch_ahead(packed[i], kWord * kWords / from.m * from.n);
         if (from.n == 2 && from.m == 4) {
           next_pairs(cursors[i].metadata, words[i]);
         } else {
@@ -259,6 +267,7 @@ struct DenseSource {
         columns[w] = is_used ? (from.used ? from.used[chunk] : chunk) * kWord : 0;
         widths[w] = is_used ? static_cast<int>(smaller(kWord, from.columns - columns[w])) : 0;
       }
+      for (int i = 0; i < kRows; ++i) fetch_ahead(starts[i] + columns[0], kWord * kWords);
     }
 
     // The elements of a word that exist and count.
@@ -358,17 +367,20 @@ template <int kRows, int kVectors, int kColumns, typename E>
 inline void multiply_rows(const E* panel, const E* x, float* sums) {
   constexpr int kTokens = kVectors * kLanes;
   Vector values[kRows][kVectors];
+#pragma GCC unroll 24
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) values[r][v] = load(sums + r * kTokens + v * kLanes);
   }
   for (int c = 0; c < kColumns; c += kStep<E>) {
     Operand<E> tokens[kVectors];
     for (int v = 0; v < kVectors; ++v) tokens[v] = load(x + (c / kStep<E> * kTokens + v * kLanes) * kStep<E>);
+#pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
       const Operand<E> weight = broadcast(panel + r * kColumns + c);
       for (int v = 0; v < kVectors; ++v) values[r][v] = multiply_add(weight, tokens[v], values[r][v]);
     }
   }
+#pragma GCC unroll 24
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) store(sums + r * kTokens + v * kLanes, values[r][v]);
   }
@@ -378,14 +390,15 @@ inline void multiply_rows(const E* panel, const E* x, float* sums) {
 template <int kBlocks, int kRows, int kColumns, typename E>
 inline void multiply_panel(const E* panel, const E* x, float* sums) {
   constexpr int kVectors = kBlocks * kTokenBlock / kLanes;
-  constexpr int kRegisters = kLanes == 16 ? 24 : 8;  // for sums; two multiply-adds a cycle need a dozen
-  constexpr int kAtATime = kVectors <= kRegisters / 16  ? 16
-                           : kVectors <= kRegisters / 8 ? 8
-                           : kVectors <= kRegisters / 4 ? 4
-                           : kVectors <= kRegisters / 2 ? 2
-                                                        : 1;
-  for (int i = 0; i < kRows; i += kAtATime) {
+  constexpr int kRegisters = kLanes == 16 ? 24 : 8;  // for sums: enough to hide the latency of multiply-adds
+  constexpr int kAtATime = kRegisters > kVectors ? kRegisters / kVectors : 1;
+  constexpr int kRest = kRows % kAtATime;
+  for (int i = 0; i + kAtATime <= kRows; i += kAtATime) {
     multiply_rows<kAtATime, kVectors, kColumns>(panel + i * kColumns, x, sums + i * kBlocks * kTokenBlock);
+  }
+  if constexpr (kRest > 0) {
+    constexpr int i = kRows - kRest;
+    multiply_rows<kRest, kVectors, kColumns>(panel + i * kColumns, x, sums + i * kBlocks * kTokenBlock);
   }
 }
 
@@ -399,18 +412,23 @@ template <typename T, typename E>
 void pack_x(const T* x, int64_t tokens, int64_t padded, int64_t inputs, const int64_t* places, int64_t columns,
             E* packed, bool transposed, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t t = 0; t < padded; ++t) {
-    for (int64_t c = 0; c < columns; ++c) {
-      T value{};
-      if (t < tokens) {
-        if (!places) {
-          if (c < inputs) value = x[t * inputs + c];
-        } else if (places[c] >= 0) {
-          value = x[t * inputs + places[c]];
+  for (int64_t begin = 0; begin < columns; begin += kWord) {
+    for (int64_t t = 0; t < padded; ++t) {
+      E part[kWord] = {};
+      if (t < tokens && places) {
+        for (int j = 0; j < kWord; ++j) {
+          if (places[begin + j] >= 0) part[j] = to_element<E>(x[t * inputs + places[begin + j]]);
         }
+      } else if (t < tokens) {
+        const int64_t width = smaller(kWord, inputs - begin);
+        for (int64_t j = 0; j < width; ++j) part[j] = to_element<E>(x[t * inputs + begin + j]);
       }
-      const int64_t to = transposed ? (c / kStep<E> * padded + t) * kStep<E> + c % kStep<E> : t * columns + c;
-      packed[to] = to_element<E>(value);
+      if (transposed) {
+        E* to = packed + begin * padded + t * kStep<E>;
+        for (int j = 0; j < kWord; j += kStep<E>) memcpy(to + j * padded, part + j, kStep<E> * sizeof(E));
+      } else {
+        memcpy(packed + t * columns + begin, part, sizeof part);
+      }
     }
   }
 }

@@ -51,14 +51,18 @@ class Nm(Kernels):
     def nm_decompress(self, values: Tensor, metadata: Tensor, n: int, m: int) -> Tensor:
         rows, kept = values.shape
         weight = values.new_empty(rows, kept // n * m)
+        self._decompress_rows(values, metadata, n, m, weight)
+        return weight
+
+    def _decompress_rows(self, values: Tensor, metadata: Tensor, n: int, m: int, rows: Tensor) -> None:
+        """Fills `rows` [rows, in] with those that values and metadata stand for."""
         self.kernels.nm_decompress(
             DTYPE_CODES[values.dtype],
-            *weight.shape,
+            *rows.shape,
             n,
             m,
             values.data_ptr(),
             metadata.data_ptr(),
-            weight.data_ptr(),
+            rows.data_ptr(),
             torch.get_num_threads(),
         )
-        return weight

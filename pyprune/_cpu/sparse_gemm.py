@@ -1,14 +1,29 @@
-"""The `sparse_gemm` family: csrc/sparse_gemm_cpu.h."""
+"""The `sparse_gemm` family: csrc/sparse_gemm_cpu.h for few tokens, expanded rows and torch's product for more.
+
+Expanding costs one pass over the weight, whatever the number of tokens; torch's products (oneDNN) run faster than the
+kernels where they are bound by arithmetic. `FEW_TOKENS` is where the two cross, measured: docs/kernels.md.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from pyprune._cpu.common import DTYPE_CODES, Kernels, address
+from pyprune._cpu.bitmap import Bitmap
+from pyprune._cpu.common import DTYPE_CODES, address
+from pyprune._cpu.nm import Nm
+
+FEW_TOKENS = {torch.bfloat16: 48, torch.float16: 16, torch.float32: 16}
+"""The most tokens for which the kernels run."""
+BLOCK_BYTES = 4 * 1024 * 1024
+"""Rows that are expanded at a time: they stay in the cache until torch has multiplied by them."""
+ROWS_OF_TILES = 64
 
 
-class SparseGemm(Kernels):
+class SparseGemm(Bitmap, Nm):
     """The family's ops."""
 
     def bitmap_linear(
@@ -21,6 +36,12 @@ class SparseGemm(Kernels):
         out_features: int,
         in_features: int,
     ) -> Tensor:
+        if len(x) > FEW_TOKENS[x.dtype]:
+
+            def expand(first: int, rows: Tensor) -> None:
+                self._unpack_rows(values, bitmap, offsets, first // ROWS_OF_TILES, rows)
+
+            return _expanded_linear(x, bias, out_features, expand)
         y, workspace = self._outputs(x, out_features, in_features)
         self.kernels.bitmap_linear(
             DTYPE_CODES[x.dtype],
@@ -40,6 +61,13 @@ class SparseGemm(Kernels):
         return y
 
     def nm_linear(self, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+        if len(x) > FEW_TOKENS[x.dtype]:
+
+            def expand(first: int, rows: Tensor) -> None:
+                part = slice(first, first + len(rows))
+                self._decompress_rows(values[part], metadata[part], n, m, rows)
+
+            return _expanded_linear(x, bias, len(values), expand)
         y, workspace = self._outputs(x, len(values), x.shape[1])
         self.kernels.nm_linear(
             DTYPE_CODES[x.dtype],
@@ -59,6 +87,16 @@ class SparseGemm(Kernels):
         return y
 
     def masked_linear(self, x: Tensor, weight: Tensor, mask_bits: Tensor, bias: Tensor | None) -> Tensor:
+        if len(x) > FEW_TOKENS[x.dtype]:
+
+            def expand(first: int, rows: Tensor) -> None:
+                part = slice(first, first + len(rows))
+                code = DTYPE_CODES[x.dtype]
+                source, mask = weight[part].data_ptr(), mask_bits[part].data_ptr()
+                threads = torch.get_num_threads()
+                self.kernels.masked_weight(code, code, *rows.shape, source, mask, rows.data_ptr(), threads)
+
+            return _expanded_linear(x, bias, len(weight), expand)
         y, workspace = self._outputs(x, *weight.shape)
         self.kernels.masked_linear(
             DTYPE_CODES[x.dtype],
@@ -77,6 +115,10 @@ class SparseGemm(Kernels):
     def gathered_linear(
         self, x: Tensor, weight: Tensor, in_index: Tensor | None, out_index: Tensor | None, bias: Tensor | None
     ) -> Tensor:
+        if len(x) > FEW_TOKENS[x.dtype] or (in_index is None and out_index is None):
+            kept = weight if out_index is None else weight.index_select(0, out_index)
+            kept_bias = bias if bias is None or out_index is None else bias.index_select(0, out_index)
+            return linear(x, kept if in_index is None else kept.index_select(1, in_index), kept_bias)
         outputs = len(weight) if out_index is None else len(out_index)
         y, workspace = self._outputs(x, outputs, weight.shape[1])
         self.kernels.gathered_linear(
@@ -100,3 +142,19 @@ class SparseGemm(Kernels):
         """y, and the scratch that the kernels need."""
         size = self.kernels.sparse_gemm_workspace(len(x), in_features)
         return x.new_empty(len(x), out_features), torch.empty(size, dtype=torch.uint8)
+
+
+def _expanded_linear(
+    x: Tensor, bias: Tensor | None, out_features: int, expand: Callable[[int, Tensor], None]
+) -> Tensor:
+    """x W^T + bias a block of rows of W at a time; `expand(first, rows)` fills `rows` [rows, in] with those of W."""
+    row_bytes = max(1, x.shape[1]) * x.element_size()
+    step = max(ROWS_OF_TILES, BLOCK_BYTES // row_bytes // ROWS_OF_TILES * ROWS_OF_TILES)
+    buffer = x.new_empty(min(step, out_features), x.shape[1])
+    y = x.new_empty(len(x), out_features)
+    for first in range(0, out_features, step):
+        rows = buffer[: out_features - first]
+        part = slice(first, first + len(rows))
+        expand(first, rows)
+        y[:, part] = linear(x, rows, None if bias is None else bias[part])
+    return y
