@@ -9,9 +9,9 @@
 // with two 512-bit pipes does two a cycle. b comes in panels of 48 columns.
 //
 // What bounds it: the dot products. T = d = 2048, r = 104 are 1.74 GFLOP forward and 3.49 backward; a Zen 5 core at
-// 3.6 GHz does 463 GFLOP/s, so 3.8 and 7.5 ms, and `multiply` alone reaches that. Around it: packing x, 48 tokens at a
-// time (196 KB, second-level cache), 5 %; finishing tiles in registers (mask, x, residual), 8 rows at a time, 15 % of
-// the second product; packing for sums over tokens, where rows stand pages apart, 20 % of those products.
+// 3.6 GHz does 463 GFLOP/s, so 3.8 and 7.5 ms, and `multiply` alone reaches that. Around it, with warm caches: packing
+// x, 48 tokens at a time (196 KB, second-level cache), 9 % of the first product; finishing tiles in registers (mask, x,
+// residual) 18 % of the second; packing for sums over tokens, where rows stand pages apart, 20 % of those.
 #pragma once
 
 #include <immintrin.h>

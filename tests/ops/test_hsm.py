@@ -82,6 +82,16 @@ def test_bf16_products_are_as_exact_as_torch(op: str, shape: tuple[int, ...]) ->
     assert_as_exact_as_torch(op, make_case(*shape, torch.bfloat16))
 
 
+@pytest.mark.usefixtures("own_products")
+def test_bf16_products_norm_by_what_they_stored() -> None:
+    """rstd is that of the rounded sum and of eps, here as large as the mean square, to fp32 rounding."""
+    case = make_case(50, 130, 9, 101, torch.bfloat16)
+    arguments = (case.x, case.l0, case.v, case.l1, case.mask, case.residual, case.weight, 8.0)
+    residual_out, _, _, rstd = torch.ops.pyprune.hsm_residual_rmsnorm(*arguments)
+    exact = torch.rsqrt(residual_out.double().square().mean(1) + 8.0)
+    torch.testing.assert_close(rstd.double(), exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("op", RUNS)
 @pytest.mark.usefixtures("own_products")
 def test_bf16_products_do_not_depend_on_the_number_of_threads(op: str) -> None:
