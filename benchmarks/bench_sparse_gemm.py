@@ -117,7 +117,7 @@ def bench_linears(label: str, tokens: list[int], rounds: int, clock: Callable[[]
         with torch.inference_mode():
             for name, (weight, sets) in table.items():
                 check(name, product(name, x, sets[0], shape), x, weight)
-                runs[name] = (lambda i, name=name, sets=sets: product(name, x, sets[i], shape), len(sets))
+                runs[name] = (lambda i, name=name, x=x, sets=sets: product(name, x, sets[i], shape), len(sets))
             times = measure(runs, rounds, clock)
         limits = {name: sizes["dense"] / size for name, size in sizes.items() if name != "dense"}
         rows += report("sparse linear", f"{label} T={count} bfloat16", times, limits, unit)

@@ -194,6 +194,7 @@ struct NmSource {
       column += kWord * kWords;
       for (int i = 0; i < present; ++i) {
         fetch_ahead(packed[i], kWord * kWords / from.m * from.n);
+        fetch_ahead(cursors[i].metadata + column / 8, kWord * kWords / 8);
         if (from.n == 2 && from.m == 4) {
           next_pairs(cursors[i].metadata, words[i]);
         } else {
@@ -267,7 +268,10 @@ struct DenseSource {
         columns[w] = is_used ? (from.used ? from.used[chunk] : chunk) * kWord : 0;
         widths[w] = is_used ? static_cast<int>(smaller(kWord, from.columns - columns[w])) : 0;
       }
-      for (int i = 0; i < kRows; ++i) fetch_ahead(starts[i] + columns[0], kWord * kWords);
+      for (int i = 0; i < kRows; ++i) {
+        fetch_ahead(starts[i] + columns[0], kWord * kWords);
+        if (from.mask) fetch_ahead(masks[i] + columns[0] / 8, kWord * kWords / 8);
+      }
     }
 
     // The elements of a word that exist and count.
