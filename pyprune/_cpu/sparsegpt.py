@@ -29,7 +29,21 @@ class SparseGpt(Kernels):
         levels: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem = Problem.start(weight, hinv_upper, scale, zero, n, m, levels)
-        return solve_in_slabs(problem, drop, per_row, block, WIDEST, self._solve_slab, select)
+        return solve_in_slabs(problem, drop, per_row, block, WIDEST, self._solve_slab, self._select)
+
+    def _select(self, problem: Problem, begin: int, end: int, drop: int) -> None:
+        if end - begin > WIDEST:
+            return select(problem, begin, end, drop)
+        self.kernels.sparsegpt_select(
+            *problem.work.shape,
+            begin,
+            end - begin,
+            problem.work.data_ptr(),
+            problem.upper.data_ptr(),
+            problem.keep.data_ptr(),
+            drop,
+            torch.get_num_threads(),
+        )
 
     def _solve_slab(self, problem: Problem, begin: int, end: int) -> Tensor:
         errors = problem.work.new_empty(len(problem.work), end - begin)

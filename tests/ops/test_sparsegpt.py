@@ -105,6 +105,21 @@ def test_ties_go_by_index() -> None:
     assert unpack_bits(bits, 8).int().tolist() == [[0] * 8, [0] * 4 + [1] * 4, [1] * 8]
 
 
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("drop", [0, 1, 300, 511, 512])
+def test_selection_is_exact(drop: int, threads: int, isa: str) -> None:
+    """Of scores with many ties, an infinity and zeros: those that a stable sort puts first, row by row."""
+    weight = torch.randint(-3, 4, (16, 32)).float() / 3
+    weight[2, 3], weight[5, :4] = float("inf"), torch.tensor([1e-30, -1e-30, 1e30, -0.0])
+    order = weight.square().flatten().argsort(stable=True)
+    expected = torch.ones(512, dtype=torch.bool).index_fill_(0, order[:drop], False).view(16, 32)
+    keep, factor = torch.zeros(16, 32, dtype=torch.bool), torch.eye(32)
+    addresses = (weight.data_ptr(), factor.data_ptr(), keep.data_ptr())
+    _native.cpu.sparsegpt_select(16, 32, 0, 32, *addresses, drop, threads)
+    assert torch.equal(keep, expected)
+
+
 @pytest.mark.parametrize("implementation", ["chosen", "reference"])
 def test_opcheck(implementation: str) -> None:
     weight, factor, scale = torch.randn(4, 16), make_factor(16), torch.ones(4, 2)
