@@ -16,7 +16,7 @@ from pyprune._cpu.bitmap import Bitmap
 from pyprune._cpu.common import DTYPE_CODES, address
 from pyprune._cpu.nm import Nm
 
-FEW_TOKENS = {torch.bfloat16: 48, torch.float16: 16, torch.float32: 16}
+FEW_TOKENS = {torch.bfloat16: 64, torch.float16: 16, torch.float32: 16}
 """The most tokens for which the kernels run."""
 BLOCK_BYTES = 4 * 1024 * 1024
 """Rows that are expanded at a time: they stay in the cache until torch has multiplied by them."""
