@@ -92,6 +92,15 @@ def test_bf16_products_norm_by_what_they_stored() -> None:
     torch.testing.assert_close(rstd.double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.usefixtures("own_products")
+def test_bf16_products_write_no_row_too_many() -> None:
+    case = make_case(50, 64, 9, 64, torch.bfloat16)
+    implementation, _ = ops.choose("hsm", torch.device("cpu"), torch.bfloat16)
+    y = torch.full((58, 64), 7.0, dtype=torch.bfloat16)
+    implementation._low_rank(case.x, case.l0, case.l1, case.mask, y=y[:50])
+    assert (y[50:] == 7).all() and not (y[:50] == 7).all(1).any()
+
+
 @pytest.mark.parametrize("op", RUNS)
 @pytest.mark.usefixtures("own_products")
 def test_bf16_products_do_not_depend_on_the_number_of_threads(op: str) -> None:
