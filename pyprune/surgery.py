@@ -182,6 +182,7 @@ def dense_weight(linear: nn.Module) -> torch.Tensor:
 @torch.no_grad()
 def _fold_quantised(model: nn.Module) -> None:
     """Replace every LoRA layer on a quantised linear by a plain linear of its dequantised weight plus the update."""
+    kind = weight_of(describe(model).final_norm).dtype  # of what is not quantised
     found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if _adapters(m) and quantised(m)]
     for name, layer in found:
         if _dora_adapters(layer):
@@ -193,8 +194,8 @@ def _fold_quantised(model: nn.Module) -> None:
         )
         bias = base(layer).bias
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        plain.weight = nn.Parameter((weight.float() + update).to(weight.dtype))
-        plain.bias = None if bias is None else nn.Parameter(bias.to(weight.dtype))
+        plain.weight = nn.Parameter((weight.float() + update).to(kind))
+        plain.bias = None if bias is None else nn.Parameter(bias.to(kind))
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, plain)
 
