@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyprune import reference
 from pyprune._cpu.common import DTYPE_CODES, Kernels, address
+from pyprune.reference.nm_adamw import masked_weight
 
 
 def adamw_options(
@@ -56,7 +56,7 @@ class NmAdamw(Kernels):
 
     def masked_weight(self, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
         if not converts(weight.dtype, dtype):
-            return reference.masked_weight(weight, mask, dtype)
+            return masked_weight(weight, mask, dtype)
         out = torch.empty_like(weight, dtype=dtype)
         self.kernels.masked_weight(
             DTYPE_CODES[weight.dtype],

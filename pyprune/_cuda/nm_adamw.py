@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyprune import reference
 from pyprune._cpu.common import DTYPE_CODES, address
 from pyprune._cpu.nm_adamw import adamw_options, converts
 from pyprune._cuda.common import Launchers
+from pyprune.reference.nm_adamw import masked_weight
 
 
 class NmAdamw(Launchers):
@@ -38,7 +38,7 @@ class NmAdamw(Launchers):
 
     def masked_weight(self, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
         if not converts(weight.dtype, dtype):
-            return reference.masked_weight(weight, mask, dtype)
+            return masked_weight(weight, mask, dtype)
         out = torch.empty_like(weight, dtype=dtype)
         with torch.cuda.device_of(weight):
             self.kernels.masked_weight(
