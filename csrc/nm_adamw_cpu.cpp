@@ -50,10 +50,9 @@ inline bfloat16 rounded<bfloat16>(float value, uint32_t noise) {
   return static_cast<bfloat16>(result | (bits >> 16 & 0x8000));
 }
 
-template <typename T>
+template <typename T, bool kMasked>
 void nm_adamw(int64_t rows, int64_t columns, const AdamW& o, void* param_, const void* grad_, float* exp_avg_,
               float* exp_avg_sq_, const uint8_t* mask, int threads) {
-  const bool masked = mask != nullptr;
   const int64_t row_bytes = (columns + 7) / 8, tiles = (columns + kTile - 1) / kTile;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t tile = 0; tile < rows * tiles; ++tile) {
@@ -65,7 +64,7 @@ void nm_adamw(int64_t rows, int64_t columns, const AdamW& o, void* param_, const
     float* exp_avg_sq = exp_avg_sq_ + start;
     const uint32_t first = o.seed + static_cast<uint32_t>(start);
     int32_t kept[kTile];
-    if (masked) {
+    if (kMasked) {
       spread(mask + row * row_bytes + column / 8, width, kept);
     } else {
       memset(kept, 0xff, sizeof kept);
@@ -76,7 +75,7 @@ void nm_adamw(int64_t rows, int64_t columns, const AdamW& o, void* param_, const
       const float g = to_float(grad[j]);
       const float m = o.beta1 * exp_avg[j] + o.new1 * g;
       const float u = m + float_of(bits_of(o.masked_decay * w) & ~kept[j]);
-      const float s = masked ? u : g;
+      const float s = kMasked ? u : g;
       const float v = o.beta2 * exp_avg_sq[j] + o.new2 * s * s;
       exp_avg[j] = m;
       exp_avg_sq[j] = v;
@@ -118,7 +117,9 @@ void masked_weight(int64_t rows, int64_t columns, const void* weight_, const uin
 
 void nm_adamw_typed(DType dtype, int64_t rows, int64_t columns, const AdamW& options, void* param, const void* grad,
                     float* exp_avg, float* exp_avg_sq, const uint8_t* mask, int threads) {
-  const auto kernel = dtype == kFloat32 ? nm_adamw<float> : nm_adamw<bfloat16>;
+  const auto masked = dtype == kFloat32 ? nm_adamw<float, true> : nm_adamw<bfloat16, true>;
+  const auto plain = dtype == kFloat32 ? nm_adamw<float, false> : nm_adamw<bfloat16, false>;
+  const auto kernel = mask ? masked : plain;
   kernel(rows, columns, options, param, grad, exp_avg, exp_avg_sq, mask, threads);
 }
 
