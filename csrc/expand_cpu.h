@@ -141,7 +141,7 @@ inline void select_word(uint64_t word, const T* in, T* out) {
 template <typename T, size_t kSize>
 inline const T* readable(const T* values, int64_t begin, int64_t end, int64_t size, T (&tail)[kSize]) {
   if (end + kWord <= size) return values + begin;
-  memcpy(tail, values + begin, static_cast<size_t>(end - begin) * sizeof(T));
+  if (end > begin) memcpy(tail, values + begin, static_cast<size_t>(end - begin) * sizeof(T));
   memset(tail + (end - begin), 0, kWord * sizeof(T));
   return tail;
 }

@@ -148,6 +148,7 @@ int64_t prune(int64_t rows, int64_t columns, int n, int m, const void* scores_, 
               int64_t* flips, int threads) {
   const T* scores = static_cast<const T*>(scores_);
   const auto prune_one = m == 4 ? prune_row<4, T> : m == 8 ? prune_row<8, T> : prune_row_plainly<T>;
+  if (columns == 0) rows = 0;
   const int64_t row_bytes = (columns + 7) / 8;
   int64_t first = kNone, changed = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(min : first) reduction(+ : changed)
@@ -220,6 +221,7 @@ int64_t compress_row_pairs(int64_t columns, const T* weight, T* values, uint8_t*
 template <typename T>
 int64_t compress(int64_t rows, int64_t columns, int n, int m, const void* weight_, void* values_, uint8_t* metadata_,
                  int threads) {
+  if (columns == 0) rows = 0;
   const int64_t kept = columns / m * n, row_bytes = metadata_bytes(kept, m);
   const bool pairs = n == 2 && m == 4;
   int64_t first = kNone;
@@ -264,6 +266,7 @@ void decompress_row_pairs(int64_t columns, const T* values, int64_t size, const 
 template <typename T>
 void decompress(int64_t rows, int64_t columns, int n, int m, const void* values_, const uint8_t* metadata_,
                 void* weight_, int threads) {
+  if (columns == 0) rows = 0;
   const int64_t kept = columns / m * n, row_bytes = metadata_bytes(kept, m);
   const bool pairs = n == 2 && m == 4;
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -490,8 +490,10 @@ void many_tokens(const Source& source, const E* x, int64_t first, int64_t tokens
       decode<T>(walk, kRows, Source::kWords, panel);
       multiply_panel<kBlocks, kRows, kColumns>(panel, x + chunk * kColumns * kTokens, sums);
     }
-    for (int64_t i = 0; i < smaller(kRows, out.rows - block * kRows); ++i) {
-      for (int64_t t = 0; t < tokens; ++t) out.template put<T>(first + t, block * kRows + i, sums[i * kTokens + t]);
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t i = 0; i < smaller(kRows, out.rows - block * kRows); ++i) {
+        out.template put<T>(first + t, block * kRows + i, sums[i * kTokens + t]);
+      }
     }
   }
 }
