@@ -192,10 +192,11 @@ def _fold_quantised(model: nn.Module) -> None:
             layer.scaling[a] * (layer.lora_B[a].weight.float() @ layer.lora_A[a].weight.float())
             for a in _adapters(layer)
         )
-        bias = base(layer).bias
+        bias: torch.Tensor | None = getattr(base(layer), "bias", None)
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         plain.weight = nn.Parameter((weight.float() + update).to(kind))
-        plain.bias = None if bias is None else nn.Parameter(bias.to(kind))
+        if bias is not None:
+            plain.bias = nn.Parameter(bias.to(kind))
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, plain)
 

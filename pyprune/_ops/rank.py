@@ -1,6 +1,7 @@
 """Weights masked by their rank in the row, at a rate that is learnt (BESA, arXiv 2402.16880).
 
-Notation: a row has `in` weights, and rank 0 is the one that goes first. The candidate rates are d / steps, d = 0 ... steps.
+Notation: a row has `in` weights, and rank 0 is the one that goes first. The candidate rates are d / steps, with d from
+0 to steps.
 """
 
 from __future__ import annotations

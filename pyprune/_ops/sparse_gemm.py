@@ -422,8 +422,8 @@ def gathered_linear(
         [..., kept outputs] in x's dtype; sums are in fp32 (fp64 for fp64).
 
     Raises:
-        TypeError, ValueError: an argument's dtype, device or shape is not the above, or indices do not rise. IndexError: an
-            index is out of range.
+        TypeError, ValueError: an argument's dtype, device or shape is not the above, or indices do not rise.
+        IndexError: an index is out of range.
     """
     x_, weight_, bias = _autocast(x, weight, bias)
     assert x_ is not None

@@ -35,8 +35,8 @@ def _check(
         raise ValueError(f"{op}: block is {block}, expected at least 1")
     if n and not (0 < n < m <= MAX_GROUP and columns % m == 0 and block % m == 0):
         raise ValueError(
-            f"{op}: n is {n} and m {m}; expected 0 < n < m <= {MAX_GROUP} with m a divisor of the {columns} columns and "
-            f"of block, {block}"
+            f"{op}: n is {n} and m {m}; expected 0 < n < m <= {MAX_GROUP} with m a divisor of the {columns} columns "
+            f"and of block, {block}"
         )
     if not n and not 0 <= drop <= weight.numel():
         raise ValueError(f"{op}: drop is {drop}, expected 0 to {weight.numel()}, the number of weights")

@@ -25,9 +25,9 @@ class Method(Protocol):
 
     A method may also have `check(model)`, which gets the model without its weights (on the meta device) and raises
     ValueError for options that do not fit its shapes, `check_steps(steps)`, which does so for a training that is too
-    short, and `optimizer(training_arguments)`, which returns the class of an
-    optimiser and its arguments, as `Trainer(optimizer_cls_and_kwargs=...)` takes them. Where `sparse` is True, the result
-    has zeros instead of smaller shapes, and a run writes it packed too.
+    short, and `optimizer(training_arguments)`, which returns the class of an optimiser and its arguments, as
+    `Trainer(optimizer_cls_and_kwargs=...)` takes them. Where `sparse` is True, the result has zeros instead of smaller
+    shapes, and a run writes it packed too.
     """
 
     def prepare(
