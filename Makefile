@@ -1,6 +1,7 @@
 # make        the environment, with everything built        make test   style, types and tests
 # make demo   tune and prune a real model and compare       make bench  speed of the kernels
 # make lint   style and types        make format  put the style right        make clean  remove what make made
+# make sanitize    the CPU kernels under AddressSanitizer and UBSan
 # make gpu-check   all that needs a GPU, in less than ten minutes, with the python3 that has torch there
 #
 # A fresh machine needs python3 (3.10 or later) and g++; nvcc, if there is one, adds the CUDA kernels.
@@ -14,7 +15,7 @@ CLANG := $(filter %.h %.cuh %.cu %.cpp,$(NATIVE))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: install venv test demo lint format bench gpu-check clean
+.PHONY: install venv test demo lint format sanitize bench gpu-check clean
 
 install: $(VENV)/built
 
