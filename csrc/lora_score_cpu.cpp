@@ -94,8 +94,8 @@ void group_score(int64_t outputs, int64_t inputs, int64_t rank, float scale, int
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = outputs * block / blocks, end = outputs * (block + 1) / blocks;
     float* column_sums = dim == 1 ? out + block * inputs : nullptr;
-    if (column_sums) memset(column_sums, 0, static_cast<size_t>(inputs) * sizeof(float));
-    if (dim == 0) memset(out + begin, 0, static_cast<size_t>(end - begin) * sizeof(float));
+    if (column_sums && inputs > 0) memset(column_sums, 0, static_cast<size_t>(inputs) * sizeof(float));
+    if (dim == 0 && begin < end) memset(out + begin, 0, static_cast<size_t>(end - begin) * sizeof(float));
     for (int64_t column = 0; column < inputs; column += kStrip) {
       const int64_t count = inputs - column < kStrip ? inputs - column : kStrip;
       for (int64_t row = begin; row < end; row += kRows) {

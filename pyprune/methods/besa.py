@@ -38,7 +38,7 @@ class BESA(OneShot):
         choices=["pruned", "dense"],
     )
     epochs: int = option(1, "passes over the calibration batches for each block")
-    learning_rate: float = option(0.3, "Adam's step on the logits, falling to 0")
+    learning_rate: float = option(0.05, "Adam's step on the logits, falling to 0")
     spread: float = option(0.3, "standard deviation, at first, of the distribution over rates")
     temperature: float = option(1.0, "of the softmax over rates")
     penalty: float = option(5.0, "weight of the squared relative deviation from the sparsity")
