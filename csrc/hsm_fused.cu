@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <initializer_list>
 
+#include "device.cuh"
 #include "hsm_fused.h"
 #include "launch.h"
 #include "ptx.cuh"
@@ -47,22 +48,9 @@ struct Matrix {
   int64_t rows, columns;
 };
 
-__host__ __device__ inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-
-template <typename T>
-__device__ __forceinline__ T from_float(float value) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16(value);
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half(value);
-  } else {
-    return value;
-  }
-}
+using device::ceil_divide;
+using device::from_float;
+using device::to_float;
 
 // How many of `count` elements from `first` on lie before `end`.
 __device__ __forceinline__ int clip(int64_t first, int64_t end, int count) {

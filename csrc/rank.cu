@@ -2,6 +2,7 @@
 // 16-bit weight, each read or written once, in 16-byte pieces where rows begin on such a boundary.
 #include <type_traits>
 
+#include "device.cuh"
 #include "launch.h"
 #include "rank.h"
 
@@ -19,9 +20,7 @@ constexpr int kMaskThreads = 256;
 constexpr int kMaxRowsPerBlock = 4;           // of rank_bucket_grad, a warp each
 constexpr size_t kHistogramBytes = 52 << 10;  // of a block: four rows at 100 steps
 
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+using device::to_float;
 
 // kPiece consecutive elements, of which `valid` exist; the others are left alone.
 template <typename T>
