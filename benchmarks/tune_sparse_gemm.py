@@ -16,9 +16,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import cycle
 from math import exp, log
-from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -26,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pyprune import _native, ops
+from pyprune import _native, ops, timing
 from pyprune._cuda import plans, sparse_gemm
 
 LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
@@ -34,12 +32,17 @@ LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CUTLASS_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
 BLOCKS = (1, 2, 3, 4, 6, 8)
+PLAIN_TOKENS = 16
+"""Beyond them the plain kernel, which reads the weight once for four tokens, is not tried."""
+DEVICE = torch.device("cuda")
 DTYPES = {"16-bit": torch.bfloat16, "32-bit": torch.float32}
 
 Choice = tuple[str, int]
 """A kernel and its blocks for each multiprocessor: what a row of the table has beside its tokens."""
 Measure = Callable[[str, torch.dtype, tuple[int, int], int, "Choice | str"], float]
 """Seconds of op, dtype, layer, tokens, and a choice, "expand", "dense" or "cutlass"."""
+Times = dict[tuple[int, "Choice | str"], list[float]]
+"""Of tokens and a choice: seconds, one value a layer."""
 
 
 def choices(size: str) -> list[Choice]:
@@ -64,17 +67,26 @@ def mean_ratio(numerators: list[float], denominators: list[float]) -> float:
     return exp(sum(ratios) / len(ratios))
 
 
-def best(measure: Measure, op: str, size: str, tokens: int) -> Row:
-    """The choice with the least product of times over the layers."""
-    dtype = DTYPES[size]
+def all_times(measure: Measure, op: str, size: str) -> Times:
+    """Seconds over the layers of every plan that makes sense, of expanding and of torch's dense product. Layers are the
+    outermost loop, so that the copies of a weight are made once."""
+    found: Times = {}
+    for layer in LAYERS:
+        for choice in (*choices(size), "expand", "dense"):
+            for tokens in TOKENS:
+                if isinstance(choice, str) or choice[0] == "tensor cores" or tokens <= PLAIN_TOKENS:
+                    found.setdefault((tokens, choice), []).append(measure(op, DTYPES[size], layer, tokens, choice))
+    return found
 
-    def over_layers(choice: Choice | str) -> list[float]:
-        return [measure(op, dtype, layer, tokens, choice) for layer in LAYERS]
 
-    times = {choice: over_layers(choice) for choice in choices(size)}
-    winner = min(times, key=lambda choice: sum(map(log, times[choice])))
-    dense, expanding = mean_ratio(over_layers("dense"), times[winner]), mean_ratio(over_layers("expand"), times[winner])
-    return Row(tokens, winner, dense, expanding)
+def best(times: Times, tokens: int) -> Row | None:
+    """The plan with the least product of its times over the layers; None where none was tried."""
+    plans_tried = [choice for count, choice in times if count == tokens and not isinstance(choice, str)]
+    if not plans_tried:
+        return None
+    winner = min(plans_tried, key=lambda choice: sum(map(log, times[tokens, choice])))
+    over = [mean_ratio(times[tokens, other], times[tokens, winner]) for other in ("dense", "expand")]
+    return Row(tokens, winner, *over)
 
 
 def table_rows(rows: list[Row]) -> list[list[Any]]:
@@ -113,7 +125,8 @@ def tune(measure: Measure, cutlass: bool, report: Callable[[str], object] = prin
     for op in ("nm_linear", "bitmap_linear"):
         table[op] = {}
         for size in DTYPES:
-            rows = [best(measure, op, size, tokens) for tokens in TOKENS]
+            times = all_times(measure, op, size)
+            rows = [row for row in (best(times, tokens) for tokens in TOKENS) if row is not None]
             for row in rows:
                 kernel, blocks = row.choice
                 report(
@@ -131,7 +144,6 @@ class OnDevice:
 
     def __init__(self, rounds: int = 7) -> None:
         self.rounds = rounds
-        self.flush = 4 * torch.cuda.get_device_properties(0).L2_cache_size
         self.key: object = None
         self.weights: list[tuple[Tensor, ...]] = []
 
@@ -152,7 +164,7 @@ class OnDevice:
         elif not dense:
             packed = ops.bitmap_pack(torch.where(torch.rand_like(weight) < 0.5, 0, weight))
         size = sum(tensor.nbytes for tensor in packed)
-        return [tuple(tensor.clone() for tensor in packed) for _ in range(1 + self.flush // size)]
+        return [tuple(tensor.clone() for tensor in packed) for _ in range(timing.copies_for(size, DEVICE))]
 
     def _multiply(
         self, op: str, x: Tensor, weight: tuple[Tensor, ...], layer: tuple[int, int], choice: Choice | str
@@ -171,24 +183,12 @@ class OnDevice:
             return getattr(ops, op)(x, *weight, *((2, 4) if op == "nm_linear" else layer))
 
     def _time(self, run: Callable[[tuple[Tensor, ...]], object]) -> float:
-        """Median seconds of one product, over rounds of a graph with as many as there are copies, at least 20."""
-        turns = max(20, len(self.weights))
-        for weight, _ in zip(cycle(self.weights), range(3), strict=False):
-            run(weight)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for weight, _ in zip(cycle(self.weights), range(turns), strict=False):
-                run(weight)
-        times = []
-        for _ in range(self.rounds):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3 / turns)
-        return median(times)
+        """Median seconds of one product, each on the next copy of the weight."""
+        weights = self.weights * -(-20 // len(self.weights))  # so many in a graph that its start does not count
+        found = timing.interleave({"": lambda i: run(weights[i])}, self.rounds, DEVICE, {"": len(weights)})[""]
+        if not found.graph:
+            raise SystemExit(f"tune_sparse_gemm.py: launches would be timed: {found.reason}")
+        return found.p50
 
 
 def save(name: str, table: dict[str, Any]) -> None:

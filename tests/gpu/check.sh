@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# All that needs a GPU in one call: builds, runs the tests, measures, and runs what is marked under compute-sanitizer.
+# All that needs a GPU in one call: builds, runs the tests and what is marked under compute-sanitizer, then measures.
 #
 #   tests/gpu/check.sh [FOLDER]       FOLDER (runs/gpu-check) gets summary.txt, a log for each step, and the figures
 #
-# Needs torch with CUDA, nvcc, ninja, pybind11 and pytest, and no network. A step that fails or runs out of its time does
-# not stop the others; the exit status is the number of such steps. The time limits add up to nine minutes.
+# Needs torch with CUDA, nvcc, ninja, pybind11 and pytest (with pytest-xdist the tests share the GPU, which is faster),
+# and no network. Tests and sanitizers run side by side; benchmarks and the profiler have the GPU to themselves. A step
+# that fails or runs out of its time does not stop the others; the exit status is the number of such steps. The time
+# limits of what runs one after the other add up to less than nine minutes.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/gpu-check}
 python=${PYTHON:-python3}
 mkdir -p "$out"
+rm -f "$out"/*.log
 : >"$out/summary.txt"
 failed=0
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
@@ -21,25 +24,52 @@ step() {
   echo "+ $*" >>"$out/$name.log"
   timeout --kill-after=5 "$seconds" "$@" >>"$out/$name.log" 2>&1
   status=$?
-  [ $status -eq 0 ] || failed=$((failed + 1))
-  echo "$((SECONDS - start)) s of $seconds, exit $status: $*" | tee -a "$out/summary.txt"
-  grep -E "[0-9]+ (passed|skipped|failed|error)|ERROR SUMMARY" "$out/$name.log" | tail -n 1 | tee -a "$out/summary.txt"
+  {
+    echo "$((SECONDS - start)) s of $seconds, exit $status: $*"
+    grep -E "[0-9]+ (passed|skipped|failed|error)|ERROR SUMMARY" "$out/$name.log" | tail -n 1
+  } | tee -a "$out/summary.txt"
+  return $status
+}
+
+# beside NAME SECONDS COMMAND...: a step in the background; `join` waits for all of them.
+running=()
+beside() {
+  step "$@" &
+  running+=($!)
+}
+join() {
+  for job in "${running[@]}"; do wait "$job" || failed=$((failed + 1)); done
+  running=()
 }
 
 arch=$($python -c 'import torch; print("".join(map(str, torch.cuda.get_device_capability())).replace("90", "90a"))')
 export PYPRUNE_CUDA=1 PYPRUNE_CUDA_ARCHS=${PYPRUNE_CUDA_ARCHS:-$arch}
-rm -f "$out"/*.log
-step build 120 $python setup.py -q build_ext --inplace
-step build 15 $python -m pyprune info
-step tests 130 $python -m pytest -q -m gpu tests/gpu
-step benchmarks 50 $python benchmarks/bench_hsm.py --device cuda --dtypes bfloat16 --save
-step benchmarks 40 $python benchmarks/bench_hsm.py --device cuda --dtypes bfloat16 --tokens 16384 --save
-step benchmarks 15 $python benchmarks/bench_lora_score.py --device cuda --save
-step benchmarks 40 $python benchmarks/tune_sparse_gemm.py --save
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # a tensor is an allocation then, whose end the sanitizer knows
+beside build 150 $python setup.py -q build_ext --inplace
+beside emulator 150 $python -c 'import sys; sys.path.insert(0, "tests/simt"); import emulator; emulator.build()'
+join
+step info 20 $python -m pyprune info || failed=$((failed + 1))
+
+parallel=$($python -c 'import xdist' 2>/dev/null && echo "-n 6")
+beside tests 150 $python -m pytest -q $parallel -m gpu tests/gpu
 for tool in memcheck racecheck initcheck synccheck; do
-  step sanitizer 32 compute-sanitizer --tool $tool --error-exitcode 9 $python -m pytest -q -x -m sanitizer tests/gpu \
-    -k "bfloat16 or test_cp_async or test_ldmatrix"
+  # with no caching a tensor is an allocation, whose end the sanitizer knows
+  beside $tool 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
+    $python -m pytest -q -x -m sanitizer tests/gpu -k "bfloat16 or test_cp_async or test_ldmatrix"
 done
+join
+
+for command in \
+  "bench_ops 75 benchmarks/bench_ops.py --device cuda --save" \
+  "tune 45 benchmarks/tune_sparse_gemm.py --save" \
+  "bench_hsm 45 benchmarks/bench_hsm.py --device cuda --dtypes bfloat16 --save" \
+  "bench_hsm 30 benchmarks/bench_hsm.py --device cuda --dtypes bfloat16 --tokens 16384 --save"; do
+  read -r name seconds arguments <<<"$command"
+  step $name $seconds $python $arguments || failed=$((failed + 1))
+done
+if command -v ncu >/dev/null; then
+  step profile 45 ncu --clock-control none --profile-from-start off --kernel-name-base demangled -k regex:pyprune \
+    --csv --page details --section SpeedOfLight --section Occupancy --section WarpStateStats --section LaunchStats \
+    --log-file "$out/profile.csv" $python benchmarks/profile_ops.py || failed=$((failed + 1))
+fi
 cp benchmarks/results.csv pyprune/_cuda/sparse_gemm.json "$out"
 exit $failed
