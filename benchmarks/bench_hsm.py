@@ -189,7 +189,7 @@ def main() -> None:
     """Runs all combinations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=104)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -202,18 +202,18 @@ def main() -> None:
     torch.manual_seed(0)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     print(f"{arguments.threads} threads, load {os.getloadavg()[0]:.1f}, {'CPU' if arguments.cpu_time else 'wall'} time")
-    rows = []
-    sizes = (arguments.tokens, arguments.hidden, arguments.rank)
     stream = torch.cuda.stream(torch.cuda.Stream()) if arguments.device == "cuda" else nullcontext()
     with stream:  # a graph's backward runs on the stream of its forward, which has to be the one that is captured
         for dtype in arguments.dtypes:
-            for problem in problems(*sizes, getattr(torch, dtype), arguments.device):
-                torch._dynamo.reset()
-                compiled = torch.compile(problem.eager)
-                for backward in (False, True):
-                    rows += run(problem, backward, compiled, arguments.rounds, clock)
-    if arguments.save:
-        append(rows, arguments.device)
+            for tokens in arguments.tokens:
+                sizes = (tokens, arguments.hidden, arguments.rank)
+                for problem in problems(*sizes, getattr(torch, dtype), arguments.device):
+                    torch._dynamo.reset()
+                    compiled = torch.compile(problem.eager)
+                    for backward in (False, True):
+                        rows = run(problem, backward, compiled, arguments.rounds, clock)
+                        if arguments.save:
+                            append(rows, arguments.device)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def run(case: Case, device: torch.device, rounds: int) -> list[Row]:
     for name, contender in case.contenders.items():
         first = contender.make()
         check(case, name, contender.run(*first))
-        copies = timing.copies_for(max(1, bytes_of(first)), device) if case.graphs else 1
+        size = bytes_of(first)
+        copies = timing.copies_for(size, device) if case.graphs and size else 1
         sets[name] = [first, *(contender.make() for _ in range(copies - 1))]
     found = timing.interleave(
         {
