@@ -3,8 +3,10 @@
     python benchmarks/ast_quality.py                    hours; stop it at will, the same command goes on
     python benchmarks/ast_quality.py --table            the table, from ast_quality.csv
     python benchmarks/ast_quality.py --steps 40 --trials ast fixed-mask
+    python benchmarks/ast_quality.py --jobs 9           all at a time, on a GPU
+    python benchmarks/ast_quality.py --collect          csv, picture and table of the trials that are finished
 
-Every trial is a process of its own: it prunes or prepares the dense model, trains all of it on the demo's text, and
+Every trial prunes or prepares the dense model, trains all of it on the demo's text, and
 measures perplexity on held-out text at a few steps on the way, with the masks of that moment. The results are
 ast_quality.csv, one row for each trial and measurement, and the picture ast_quality.png, perplexity over tokens.
 """
@@ -15,15 +17,14 @@ import argparse
 import csv
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import trials
 from models import conditions
-from torch import Tensor, get_num_threads, nn, set_num_threads
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from pyprune import data, evaluation
@@ -77,6 +78,7 @@ class Recipe:
     warmup: int = option(30, "steps over which it rises")
     refresh: int = option(10, "steps between two choices of the masks")
     points: int = option(6, "measurements on the way")
+    save_every: int | None = option(None, "steps between checkpoints (default: half of them; 0: none)")
     calibration_windows: int = option(32, "windows that calibrate Wanda and SparseGPT")
     eval_tokens: int = option(16384, "held-out tokens that are measured")
     eval_window: int = option(512, "tokens in a window that measures perplexity")
@@ -156,7 +158,7 @@ def run(name: str, dense: Path, recipe: Recipe, folder: Path) -> None:
         callbacks=[*callbacks, curve],
         optimizer=optimizer,
         seed=recipe.seed,
-        save_every=max(1, recipe.steps // 2),
+        save_every=max(1, recipe.steps // 2) if recipe.save_every is None else recipe.save_every,
         metrics=folder / "metrics.jsonl",
     )
     record = {"trial": name, "curve": curve.read(), "recipe": dataclasses.asdict(recipe), "seconds": tuned.seconds}
@@ -192,7 +194,7 @@ def rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "tokens": int(step) * recipe["batch_size"] * recipe["window"],
             }
             row |= {"perplexity": f"{perplexity:.4f}", "seconds": f"{record['seconds']:.0f}"}
-            row |= {key: value for key, value in recipe.items() if key != "points"}
+            row |= {key: value for key, value in recipe.items() if key not in ("points", "save_every")}
             row |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "threads": hardware["threads"]}
             row |= {"hardware": hardware["gpu"] or hardware["cpu"], "torch": record["versions"]["torch"]}
             found.append(row | {"commit": (record["commit"] or "unknown")[:12]})
@@ -268,32 +270,37 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/ast_quality"), help="where the trials' folders are")
     parser.add_argument("--model", type=Path, help="a dense checkpoint (default: the demo's, made once)")
     parser.add_argument("--trials", nargs="+", default=list(TRIALS), choices=TRIALS)
-    parser.add_argument("--threads", type=int, default=get_num_threads())
-    parser.add_argument("--one", choices=TRIALS, help=argparse.SUPPRESS)
+    trials.add_options(parser)
     add_fields(parser, Recipe)
     arguments = parser.parse_args()
     if arguments.table:
         print(table(read_csv(CSV)))
         return
     dense, recipe = arguments.model or arguments.out / "dense", from_fields(Recipe, arguments)
-    set_num_threads(arguments.threads)
+    print(conditions(trials.set_threads(arguments)))
+    for name in arguments.one or ():
+        run(name, dense, recipe, arguments.out / name)
     if arguments.one:
-        run(arguments.one, dense, recipe, arguments.out / arguments.one)
         return
-    print(conditions(arguments.threads))
-    if not dense.exists():
-        data.demo_model(dense)
-    for name in arguments.trials:
-        record = arguments.out / name / "record.json"
-        if not record.exists():
-            subprocess.run([sys.executable, *sys.argv, "--one", name], check=True)
-        print(f"{name}: {json.loads(record.read_text())['curve']}", flush=True)
+
+    def result(name: str) -> str | None:
+        path = arguments.out / name / "record.json"
+        return str(json.loads(path.read_text())["curve"]) if path.exists() else None
+
+    if arguments.collect:
+        missing = [name for name in arguments.trials if result(name) is None]
+    else:
+        if not dense.exists():
+            data.demo_model(dense)
+        missing = trials.run(arguments.trials, result, arguments.out / "logs", arguments.jobs)
     records = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("*/record.json"))]
     if any(record["recipe"] != records[0]["recipe"] for record in records):
         raise SystemExit(f"the trials in {arguments.out} had different recipes; they are no comparison")
-    write_csv(rows(records), CSV)
-    picture(read_csv(CSV), CSV.with_suffix(".png"))
-    print(table(read_csv(CSV)))
+    if records:
+        write_csv(rows(records), CSV)
+        picture(read_csv(CSV), CSV.with_suffix(".png"))
+        print(table(read_csv(CSV)))
+    trials.finish(missing, arguments.out)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
     python benchmarks/oneshot_quality.py                 an hour and more; stop it at will, the same command goes on
     python benchmarks/oneshot_quality.py --table         the table of docs/oneshot.md, from oneshot_quality.csv
     python benchmarks/oneshot_quality.py --methods wanda --levels 0.5 2:4
+    python benchmarks/oneshot_quality.py --jobs 12       twelve at a time, on a GPU
+    python benchmarks/oneshot_quality.py --collect       csv, picture and table of the trials that are finished
 
 All methods prune the demo's model on the same calibration windows and are measured on the same held-out text. Sparsity
 is counted from the zeros of the blocks' linears. Each trial is kept under --out as soon as it is done, and its blocks
@@ -20,9 +22,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import trials
 from models import conditions
 from pat_quality import read_csv, write_csv
-from torch import Tensor, get_num_threads, set_num_threads
+from torch import Tensor
 
 from pyprune import data, evaluation
 from pyprune.blockwise import prune
@@ -73,6 +76,11 @@ class Trial:
     level: str
 
     @property
+    def file(self) -> str:
+        """The name of its record."""
+        return self.name if self == DENSE else f"{self.name}-{self.level.replace(':', 'of')}"
+
+    @property
     def then(self) -> list[Any]:
         """The steps behind the method."""
         return [Reconstruction()] if self.name.endswith("-reconstructed") else []
@@ -86,7 +94,10 @@ class Trial:
         return find(method)(sparsity=1 - n / m, pattern=self.level, **options)
 
 
-def trials(names: Sequence[str], levels: Sequence[str]) -> list[Trial]:
+DENSE = Trial("dense", "0")
+
+
+def planned(names: Sequence[str], levels: Sequence[str]) -> list[Trial]:
     """Level by level. OWL and BESA spread a sparsity unevenly, which N:M does not allow."""
     return [
         Trial(name, level)
@@ -96,12 +107,24 @@ def trials(names: Sequence[str], levels: Sequence[str]) -> list[Trial]:
     ]
 
 
-def run(trial: Trial, dense: Path, calibration: Sequence[Tensor], text: TokenStream, recipe: Recipe, out: Path) -> Any:
-    """The record of one trial, from its file when it was done before."""
-    path = out / f"{trial.name}-{trial.level.replace(':', 'of')}.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+def run_all(chosen: Sequence[Trial], dense: Path, recipe: Recipe, out: Path) -> None:
+    """Works through trials."""
+    tokenizer, corpus = open_tokenizer(dense), data.demo_text()
+    calibration = calibration_batches(corpus.calibration, tokenizer, recipe)
+    text = data.encode(corpus.held_out, tokenizer)
+    for trial in chosen:
+        run(trial, dense, calibration, text, recipe, out / f"{trial.file}.json")
+
+
+def run(
+    trial: Trial, dense: Path, calibration: Sequence[Tensor], text: TokenStream, recipe: Recipe, path: Path
+) -> None:
+    """Writes the record of one trial."""
     model, blocks = open_model(dense, recipe.dtype), path.with_suffix("")
+    if trial == DENSE:
+        found = {"method": "dense", "level": "0", "options": "", "sparsity": 0}
+        write_json(path, found | {"perplexity": measure(model, text, recipe)})
+        return
     method = trial.method()
     pruned = prune(
         model,
@@ -119,7 +142,6 @@ def run(trial: Trial, dense: Path, calibration: Sequence[Tensor], text: TokenStr
     }
     write_json(path, record)
     shutil.rmtree(blocks, ignore_errors=True)
-    return record
 
 
 def measure(model: Any, text: TokenStream, recipe: Recipe) -> float:
@@ -242,37 +264,39 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the demo's model (default: made under --out)")
     parser.add_argument("--methods", nargs="+", default=list(TRIALS), choices=list(TRIALS))
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), help="sparsities and N:M patterns")
-    parser.add_argument("--threads", type=int, default=get_num_threads())
+    trials.add_options(parser)
     add_fields(parser, Recipe, DEFAULTS)
     arguments = parser.parse_args()
     if arguments.table:
         print(table(read_csv(CSV)))
         return
-    set_num_threads(arguments.threads)
-    print(conditions(arguments.threads))
+    print(conditions(trials.set_threads(arguments)))
     recipe: Recipe = from_fields(Recipe, arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    check(arguments.out / "protocol.txt", repr(recipe))
-    dense = arguments.model or arguments.out / "dense"
-    if not dense.exists():
-        data.demo_model(dense)
-    tokenizer, corpus = open_tokenizer(dense), data.demo_text()
-    calibration = calibration_batches(corpus.calibration, tokenizer, recipe)
-    text = data.encode(corpus.held_out, tokenizer)
-    path = arguments.out / "dense.json"
-    if not path.exists():
-        perplexity = measure(open_model(dense, recipe.dtype), text, recipe)
-        write_json(
-            path,
-            {"method": "dense", "level": "0", "options": "", "sparsity": 0, "perplexity": perplexity},
-        )
-    for trial in trials(arguments.methods, arguments.levels):
-        record = run(trial, dense, calibration, text, recipe, arguments.out)
-        print(f"{trial.name} {trial.level}: perplexity {record['perplexity']:.2f}", flush=True)
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(arguments.out.glob("*.json"))]
-    write_csv(rows(records, recipe), CSV)
-    picture(read_csv(CSV), CSV.with_suffix(".png"))
-    print(table(read_csv(CSV)))
+    out, dense = arguments.out, arguments.model or arguments.out / "dense"
+    chosen = [DENSE, *planned(arguments.methods, arguments.levels)]
+    if arguments.one:
+        run_all([trial for trial in chosen if trial.file in arguments.one], dense, recipe, out)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    check(out / "protocol.txt", repr(recipe))
+
+    def result(name: str) -> str | None:
+        path = out / f"{name}.json"
+        return f"perplexity {json.loads(path.read_text())['perplexity']:.2f}" if path.exists() else None
+
+    names = [trial.file for trial in chosen]
+    if arguments.collect:
+        missing = [name for name in names if result(name) is None]
+    else:
+        if not dense.exists():
+            data.demo_model(dense)
+        missing = trials.run(names, result, out / "logs", arguments.jobs)
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
+    if DENSE.file not in missing:
+        write_csv(rows(records, recipe), CSV)
+        picture(read_csv(CSV), CSV.with_suffix(".png"))
+        print(table(read_csv(CSV)))
+    trials.finish(missing, out)
 
 
 if __name__ == "__main__":

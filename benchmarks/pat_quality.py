@@ -3,6 +3,8 @@
     python benchmarks/pat_quality.py                    hours; stop it at will, the same command goes on
     python benchmarks/pat_quality.py --table            the table of the README, from pat_quality.csv
     python benchmarks/pat_quality.py --steps 120 --ratios 0.25 --bases learned identity
+    python benchmarks/pat_quality.py --jobs 8           eight at a time, on a GPU; no speed is measured then
+    python benchmarks/pat_quality.py --collect          csv, picture and table of the runs that are finished
 
 Every method is tuned on the same tokens of the demo's text, exported, loaded again as a stock checkpoint, and measured
 on the same held-out text. LoRA depends on no ratio and is tuned once; prune-then-tune once for each ratio and each
@@ -15,19 +17,20 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import json
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import trials
 from models import conditions
-from torch import get_num_threads, set_num_threads
 
 from pyprune import data
 from pyprune.cli.demo import DEMO
 from pyprune.cli.fields import add_fields, from_fields
 from pyprune.methods import find, like
-from pyprune.runs import Experiment, Recipe, open_run
+from pyprune.runs import Experiment, Recipe, check_folder, open_run
 
 CSV = Path(__file__).with_name("pat_quality.csv")
 # the demo's recipe, longer, on all of the held-out text; round_to 1 keeps the ratios apart
@@ -45,18 +48,19 @@ class Trial:
     name: str
     label: str
     method: Any  # a Method; all of them are dataclasses
+    seed: int
 
 
-def trials(pattern: Any, ratios: Sequence[float], bases: Sequence[str]) -> list[Trial]:
+def planned(pattern: Any, ratios: Sequence[float], bases: Sequence[str], seed: int) -> list[Trial]:
     """What has to be run, each once: `pattern`, a PAT, at every ratio and basis, and what it is compared with."""
-    found = {"lora": Trial("lora", "lora", like("lora", pattern))}
+    found = {"lora": Trial("lora", "lora", like("lora", pattern), seed)}
     for ratio in ratios:
         for basis in bases:
             pat = dataclasses.replace(pattern, ratio=ratio, basis=basis)
             cut = like("prune-then-tune", dataclasses.replace(pat, basis=cut_basis(basis)))
             for label, method in (("prune-then-tune", cut), ("pat", pat)):
                 name = f"{label}-{method.basis}-{ratio:g}"
-                found.setdefault(name, Trial(name, label, method))
+                found.setdefault(name, Trial(name, label, method, seed))
     return list(found.values())
 
 
@@ -65,12 +69,55 @@ def cut_basis(basis: str) -> str:
     return "identity" if basis == "identity" else "pca"
 
 
-def run(trial: Trial, dense: Path, corpus: data.Corpus, recipe: Recipe, out: Path) -> dict[str, Any]:
-    """The summary of one trial, which is resumed or done already."""
-    config = {"method": trial.label} | dataclasses.asdict(trial.method) | dataclasses.asdict(recipe)
-    experiment = Experiment(dense, corpus, recipe, trial.label, trial.method, progress=True)
-    with open_run(out / trial.name, config, resume=True) as folder:
-        return experiment(folder)
+def run(chosen: Iterable[Any], dense: Path, recipe: Recipe, out: Path) -> None:
+    """Works through trials, each of which is resumed or done already."""
+    experiment: Experiment | None = None
+    for trial in chosen:
+        if experiment is None:
+            first = dataclasses.replace(recipe, seed=trial.seed)
+            experiment = Experiment(dense, data.demo_text(), first, trial.label, trial.method, progress=True)
+        else:
+            experiment = experiment.another(trial.label, trial.method, trial.seed)
+        with open_run(out / trial.name, config(trial, recipe), resume=True) as folder:
+            experiment(folder)
+
+
+def config(trial: Any, recipe: Recipe) -> dict[str, Any]:
+    """What defines a trial's result."""
+    options = dataclasses.asdict(trial.method) | dataclasses.asdict(recipe)
+    return {"method": trial.label} | options | {"seed": trial.seed}
+
+
+def summary_of(name: str, out: Path) -> dict[str, Any] | None:
+    """That of a finished trial."""
+    path = out / name / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """The recipe of the options; trials that run beside others are not timed."""
+    recipe: Recipe = from_fields(Recipe, arguments)
+    return recipe if arguments.jobs == 1 else dataclasses.replace(recipe, repeats=0)
+
+
+def run_all(chosen: Sequence[Any], dense: Path, recipe: Recipe, arguments: argparse.Namespace) -> list[str]:
+    """Runs trials in child processes. Returns the names of those that are not finished.
+
+    Raises RunError when a folder holds a run with other options."""
+    out: Path = arguments.out
+
+    def result(name: str) -> str | None:
+        summary = summary_of(name, out)
+        return None if summary is None else f"perplexity {summary['ppl_pruned']:.2f}"
+
+    names = [trial.name for trial in chosen]
+    if arguments.collect:
+        return [name for name in names if result(name) is None]
+    for trial in chosen:
+        check_folder(out / trial.name, config(trial, recipe), resume=True)
+    if not dense.exists():
+        data.demo_model(dense)
+    return trials.run(names, result, out / "logs", arguments.jobs)
 
 
 # ------------------------------------------------------------------------------------------------------------ the csv
@@ -97,8 +144,7 @@ def _row(summary: dict[str, Any]) -> dict[str, Any]:
         "block_params": summary["block_params_pruned"],
         "hidden_size": summary["hidden_size_pruned"],
         "tied": summary["tied"],
-        "prefill_speedup": f"{summary['prefill_speedup']:.3f}" if pruned else "",
-        "decode_speedup": f"{summary['decode_speedup']:.3f}" if pruned else "",
+        **{f"{phase}_speedup": speed(summary, phase) if pruned else "" for phase in ("prefill", "decode")},
         "steps": summary["steps"],
         "tokens_trained": summary["tokens_trained"],
         "seconds": f"{summary['seconds']:.0f}",
@@ -113,6 +159,12 @@ def _row(summary: dict[str, Any]) -> dict[str, Any]:
         **{name: versions[name] for name in ("torch", "transformers", "peft", "pyprune")},
         "commit": (summary["commit"] or "unknown")[:12],
     }
+
+
+def speed(summary: dict[str, Any], phase: str) -> str:
+    """How much faster the result is than the dense model; empty where that was not measured."""
+    value = summary[f"{phase}_speedup"]
+    return "" if value is None else f"{value:.3f}"
 
 
 def check(summaries: Sequence[dict[str, Any]]) -> None:
@@ -173,19 +225,25 @@ def table(cells: Sequence[Cell]) -> str:
         here = {key: cell for key, line in columns.items() for cell in line if cell["ratio"] == ratio}
         cell = next(iter(here.values()))
         figures = [_short(here[key]) if key in here else "" for key in columns]
-        speeds = [f"{float(cell[f'{phase}_speedup']):.2f}x" for phase in ("prefill", "decode")]
+        speeds = [times(cell[f"{phase}_speedup"]) for phase in ("prefill", "decode")]
         name = f"{cell['hidden_size']} (-{float(ratio):.0%})"
         body.append([name, _millions(here.values()), "", *figures, *speeds])
     text = ["| " + " | ".join(line) + " |" for line in (head, ["---", *["---:"] * (len(head) - 1)], *body)]
     tuned = next(cell for cell in cells if cell["method"] != "dense")
+    timed = any(cell["decode_speedup"] for cell in cells)
     note = (
         f"Perplexity on {int(tuned['eval_tokens']):,} held-out tokens of {data.DEMO_TEXT} (window "
         f"{tuned['eval_window']}, stride {tuned['eval_stride']}); {data.DEMO_MODEL}; every tuned row read "
-        f"{int(tuned['tokens_trained']):,} tokens, seed {tuned['seed']}, {tuned['dtype']}. Speed beside the dense "
-        f"model in the same run, {tuned['threads']} threads of {tuned['hardware']}; torch {tuned['torch']}, commit "
-        f"{tuned['commit']}."
+        f"{int(tuned['tokens_trained']):,} tokens, seed {tuned['seed']}, {tuned['dtype']}. "
+        f"{'Speed beside the dense model in the same run, ' if timed else ''}{tuned['threads']} threads of "
+        f"{tuned['hardware']}; torch {tuned['torch']}, commit {tuned['commit']}."
     )
     return "\n".join([*text, "", note])
+
+
+def times(speedup: str | float) -> str:
+    """A factor in a table."""
+    return f"{float(speedup):.2f}x" if speedup else ""
 
 
 def _short(cell: Cell) -> str:
@@ -235,6 +293,7 @@ def main() -> None:
     )
     parser.add_argument("--table", action="store_true", help="print the table of pat_quality.csv and run nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/pat_quality"), help="where the run folders are")
+    parser.add_argument("--model", type=Path, help="folder of the demo's model (default: made under --out)")
     add_fields(parser, find("pat"), DEFAULTS)
     add_fields(parser, Recipe, DEFAULTS)
     parser.set_defaults(ratio=0.25, basis="learned")  # every trial puts its own in their place
@@ -242,25 +301,26 @@ def main() -> None:
     parser.add_argument(
         "--basis", "--bases", dest="bases", nargs="+", default=["learned"], help="of PAT: identity, pca, learned"
     )
-    parser.add_argument("--threads", type=int, default=get_num_threads())
+    trials.add_options(parser)
     arguments = parser.parse_args()
     if arguments.table:
         print(table(read_csv(CSV)))
         return
-    set_num_threads(arguments.threads)
-    print(conditions(arguments.threads))
-    recipe, pattern = from_fields(Recipe, arguments), from_fields(find("pat"), arguments)
-    dense, corpus = arguments.out / "dense", data.demo_text()
-    if not dense.exists():
-        data.demo_model(dense)
-    summaries = []
-    for trial in trials(pattern, arguments.ratios, arguments.bases):
-        summaries.append(run(trial, dense, corpus, recipe, arguments.out))
-        print(f"{trial.name}: perplexity {summaries[-1]['ppl_pruned']:.2f}", flush=True)
-    check(summaries)
-    write_csv(rows(summaries), CSV)
-    picture(read_csv(CSV), CSV.with_suffix(".png"))
-    print(table(read_csv(CSV)))
+    print(conditions(trials.set_threads(arguments)))
+    pattern = from_fields(find("pat"), arguments)
+    chosen = planned(pattern, arguments.ratios, arguments.bases, arguments.seed)
+    dense, recipe = arguments.model or arguments.out / "dense", recipe_of(arguments)
+    if arguments.one:
+        run([trial for trial in chosen if trial.name in arguments.one], dense, recipe, arguments.out)
+        return
+    missing = run_all(chosen, dense, recipe, arguments)
+    summaries = [found for trial in chosen if (found := summary_of(trial.name, arguments.out))]
+    if summaries:
+        check(summaries)
+        write_csv(rows(summaries), CSV)
+        picture(read_csv(CSV), CSV.with_suffix(".png"))
+        print(table(read_csv(CSV)))
+    trials.finish(missing, arguments.out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -40,6 +41,8 @@ class Row:
 
 
 def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
     run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, text=True, capture_output=True)
     return run.stdout.strip()
 

@@ -2,12 +2,14 @@
 
     python benchmarks/structured_quality.py                           hours; stop it at will, the same command goes on
     python benchmarks/structured_quality.py --steps 48 --removed 0.25 --seeds 0 --methods lora llm-pruner loraprune
+    python benchmarks/structured_quality.py --jobs 8                  eight at a time, on a GPU; no speed is measured
+    python benchmarks/structured_quality.py --collect                 csv, picture and table of what is finished
     python benchmarks/structured_quality.py --table                   the table, from structured_quality.csv
 
-Every trial, a method at a share of parameters removed and a seed, is tuned on the same tokens of the demo's text by a
-process of its own (so that its peak memory is its own), exported, loaded again as a stock checkpoint and measured on
-the same held-out text. PAT's hidden size is the one that meets the same number of parameters. Each trial is one run
-folder under --out. The result is structured_quality.csv, one row for each trial, and the picture of that name.
+Every trial, a method at a share of parameters removed and a seed, is tuned on the same tokens of the demo's text,
+exported, loaded again as a stock checkpoint and measured on the same held-out text. PAT's hidden size is the one that
+meets the same number of parameters. Each trial is one run folder under --out. The result is structured_quality.csv, one
+row for each trial, and the picture of that name.
 """
 
 from __future__ import annotations
@@ -15,21 +17,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import trials
 from models import conditions
-from pat_quality import Cell, read_csv, run, write_csv
-from torch import get_num_threads, set_num_threads
+from pat_quality import Cell, read_csv, recipe_of, run, run_all, speed, summary_of, times, write_csv
 
 from pyprune import data
 from pyprune.architectures import describe
 from pyprune.cli.demo import DEMO
-from pyprune.cli.fields import add_fields, from_fields
+from pyprune.cli.fields import add_fields
 from pyprune.methods import find
 from pyprune.models import open_skeleton
 from pyprune.plan import Rules, Target, widths_for
@@ -50,12 +50,20 @@ LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One method with its options and its recipe, in the run folder `name`; satisfies what `pat_quality.run` asks."""
+    """One method with its options, in the run folder `name`; satisfies what `pat_quality.run` asks."""
 
     name: str
     label: str
     method: Any
     seed: int
+    removed: float
+
+
+def planned(arguments: argparse.Namespace, dense: Path) -> list[Trial]:
+    """What has to be run, each once, seed by seed; LoRA depends on no share."""
+    cells = [(label, removed, seed) for seed in arguments.seeds for removed in arguments.removed for label in LABELS]
+    found = [trial(*cell, dense) for cell in cells if cell[0] in arguments.methods]
+    return list({one.name: one for one in found}.values())
 
 
 def trial(label: str, removed: float, seed: int, dense: Path) -> Trial:
@@ -63,7 +71,7 @@ def trial(label: str, removed: float, seed: int, dense: Path) -> Trial:
     target = f"params={1 - removed:g}"
     exact = {"target": target, "round_to": 1}  # so that all of them have the same number of parameters
     if label == "lora":
-        return Trial(f"lora-{seed}", label, find("lora")(**LORA), seed)
+        return Trial(f"lora-{seed}", label, find("lora")(**LORA), seed, 0)
     if label.startswith("pat-"):
         basis = label.removeprefix("pat-")
         options = LORA | {"basis": basis, "ratio": hidden_ratio(target, basis, dense), "round_to": 1}
@@ -72,7 +80,7 @@ def trial(label: str, removed: float, seed: int, dense: Path) -> Trial:
         method = find(label)(**LORA, **exact, mask_every=2)
     else:
         method = find(label)(**LORA, **exact)
-    return Trial(f"{label}-{removed:g}-{seed}", label, method, seed)
+    return Trial(f"{label}-{removed:g}-{seed}", label, method, seed, removed)
 
 
 def hidden_ratio(target: str, basis: str, dense: Path) -> float:
@@ -86,12 +94,12 @@ def hidden_ratio(target: str, basis: str, dense: Path) -> float:
 # ------------------------------------------------------------------------------------------------------------ the csv
 
 
-def row(found: Trial, removed: float, summary: dict[str, Any]) -> dict[str, Any]:
+def row(found: Trial, summary: dict[str, Any]) -> dict[str, Any]:
     """One line of the csv."""
     hardware, versions = summary["hardware"], summary["versions"]
     return {
         "method": found.label,
-        "removed_requested": 0 if found.label == "lora" else removed,
+        "removed_requested": found.removed,
         "removed": f"{summary['params_removed']:.4f}",
         "seed": found.seed,
         "perplexity": f"{summary['ppl_pruned']:.4f}",
@@ -99,8 +107,7 @@ def row(found: Trial, removed: float, summary: dict[str, Any]) -> dict[str, Any]
         "params": summary["params_pruned"],
         "bytes": summary["params_pruned"] * (2 if "16" in summary["dtype"] else 4),
         **{name: summary["widths_pruned"][name] for name in ("hidden", "heads", "channels", "layers")},
-        "prefill_speedup": f"{summary['prefill_speedup']:.3f}",
-        "decode_speedup": f"{summary['decode_speedup']:.3f}",
+        **{f"{phase}_speedup": speed(summary, phase) for phase in ("prefill", "decode")},
         "peak_training_bytes": summary["peak_bytes"],
         "steps": summary["steps"],
         "tokens_trained": summary["tokens_trained"],
@@ -142,8 +149,7 @@ def table(cells: Sequence[Cell]) -> str:
             LABELS[label],
             f"{mean['perplexity']:.2f}{spread}",
             f"{mean['params'] / 1e6:.1f} M",
-            f"{mean['prefill_speedup']:.2f}x",
-            f"{mean['decode_speedup']:.2f}x",
+            *(times(mean.get(f"{phase}_speedup", "")) for phase in ("prefill", "decode")),
             f"{mean['peak_training_bytes'] / 2**30:.2f} GiB",
         ]
         lines.append(f"| {' | '.join(figures)} |")
@@ -205,44 +211,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the table of structured_quality.csv, run nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/structured_quality"), help="where the run folders are")
+    parser.add_argument("--model", type=Path, help="folder of the demo's model (default: made under --out)")
     parser.add_argument(
         "--removed", type=float, nargs="+", default=[0.20, 0.25, 0.30, 0.50], help="shares of parameters"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(LABELS), choices=list(LABELS))
-    parser.add_argument("--threads", type=int, default=get_num_threads())
-    parser.add_argument("--one", nargs=3, metavar=("METHOD", "REMOVED", "SEED"), help=argparse.SUPPRESS)
+    trials.add_options(parser)
     add_fields(parser, Recipe, {name: value for name, value in DEFAULTS.items() if name != "seed"})
     arguments = parser.parse_args()
     if arguments.table:
         print(table(read_csv(CSV)))
         return
-    set_num_threads(arguments.threads)
-    dense = arguments.out / "dense"
+    print(conditions(trials.set_threads(arguments)))
+    dense = arguments.model or arguments.out / "dense"
     if not dense.exists():
         data.demo_model(dense)
+    chosen, recipe = planned(arguments, dense), recipe_of(arguments)
     if arguments.one:
-        label, removed, seed = arguments.one
-        recipe = dataclasses.replace(from_fields(Recipe, arguments), seed=int(seed))
-        run(trial(label, float(removed), int(seed), dense), dense, data.demo_text(), recipe, arguments.out)
+        run([trial for trial in chosen if trial.name in arguments.one], dense, recipe, arguments.out)
         return
-    print(conditions(arguments.threads))
-    recipe, rows = from_fields(Recipe, arguments), []
-    for seed in arguments.seeds:
-        for removed, label in [(r, m) for r in arguments.removed for m in arguments.methods]:
-            found = trial(label, removed, seed, dense)
-            if any(found.name == name for name, _ in rows):  # LoRA depends on no share
-                continue
-            child = [sys.executable, __file__, *sys.argv[1:], "--one", label, str(removed), str(seed)]
-            subprocess.run(child, check=True)
-            summary = run(found, dense, data.demo_text(), dataclasses.replace(recipe, seed=seed), arguments.out)
-            rows.append((found.name, row(found, removed, summary)))
-            print(f"{found.name}: perplexity {summary['ppl_pruned']:.2f}", flush=True)
-    cells = [cell for _, cell in rows]
-    check(cells)
-    write_csv(cells, CSV)
-    picture(read_csv(CSV), CSV.with_suffix(".png"))
-    print(table(read_csv(CSV)))
+    missing = run_all(chosen, dense, recipe, arguments)
+    found = [(trial, summary_of(trial.name, arguments.out)) for trial in chosen]
+    cells = [row(trial, summary) for trial, summary in found if summary]
+    if cells:
+        check(cells)
+        write_csv(cells, CSV)
+        picture(read_csv(CSV), CSV.with_suffix(".png"))
+        print(table(read_csv(CSV)))
+    trials.finish(missing, arguments.out)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ at once and interleaves them, so that a busy machine slows all of them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import statistics
 import time
@@ -222,7 +223,9 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[PeakMemory]:
     """The peak of the allocator on a CUDA device; on a CPU the peak resident set of the process (Linux)."""
     device = torch.device(device)
     peak = PeakMemory()
+    gc.collect()  # what earlier work has left in cycles is none of this one's
     if device.type == "cuda":
+        torch.cuda.init()  # else torch has no statistics to reset
         torch.cuda.reset_peak_memory_stats(device)
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device)

@@ -7,6 +7,7 @@ stage that trains goes on from its newest checkpoint. So a run that was stopped 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import gc
@@ -187,14 +188,14 @@ class Recipe:
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     dtype: str = option("auto", "dtype of the model's weights", choices=["auto", "float32", "bfloat16", "float16"])
     seed: int = option(0, "seed of everything that is random")
-    save_every: int | None = option(None, "steps between checkpoints (default: a tenth of the steps)")
+    save_every: int | None = option(None, "steps between checkpoints (default: a tenth of the steps; 0: none)")
     calibration_windows: int = option(32, "training windows that calibrate a method, read without gradients")
     eval_window: int = option(512, "tokens in a window that measures perplexity")
     eval_stride: int | None = option(None, "tokens between these windows (default: the window, no overlap)")
     eval_tokens: int | None = option(None, "held-out tokens to measure on (default: all)")
     prompt_tokens: int = option(512, "tokens of the prompt that measures speed")
     new_tokens: int = option(32, "tokens decoded to measure speed")
-    repeats: int = option(5, "repeats of the measurement of speed")
+    repeats: int = option(5, "repeats of the measurement of speed (0: it is not measured)")
 
     def __post_init__(self) -> None:
         for name in (
@@ -204,10 +205,11 @@ class Recipe:
             "calibration_windows",
             "prompt_tokens",
             "new_tokens",
-            "repeats",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.repeats < 0:
+            raise ValueError(f"repeats is {self.repeats}; expected at least 0")
         for name in ("window", "eval_window", "eval_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 2:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 2")
@@ -231,18 +233,20 @@ class Experiment:
         trust_remote_code: bool = False,
         progress: bool = False,
     ) -> None:
-        self.dense, self.corpus, self.recipe, self.name, self.method = dense, corpus, recipe, name, method
+        self.dense, self.corpus, self.recipe = dense, corpus, recipe
         self.baselines = [baseline for baseline in baselines if baseline != name]
         self.trust_remote_code, self.progress = trust_remote_code, progress
-        check_steps = getattr(method, "check_steps", None)
-        if check_steps is not None:
-            check_steps(recipe.steps)
+        self._choose(name, method)
+        self._dense: dict[str, Any] | None = None
         self.tokenizer = open_tokenizer(dense, trust_remote_code)
         train = encode(corpus.train, self.tokenizer)
         self.train_tokens = len(train)
         self.windows = train.windows(recipe.window)
         if len(self.windows) < recipe.batch_size:
             raise DataError(f"{len(self.windows)} training windows are fewer than batch_size={recipe.batch_size}")
+        self.calibration_windows = self.windows
+        if corpus.calibration is not corpus.train:
+            self.calibration_windows = encode(corpus.calibration, self.tokenizer).windows(recipe.window)
         self.calibration = self._calibration()
         held_out = encode(corpus.held_out, self.tokenizer)
         end = recipe.eval_tokens or len(held_out)
@@ -253,13 +257,26 @@ class Experiment:
                 f"{recipe.eval_window}; give more of it or a smaller eval_window"
             )
 
+    def another(self, name: str, method: Method, seed: int) -> Experiment:
+        """The same model, text and recipe with another method, without baselines, and another seed; the text is not
+        read again, nor the dense model measured."""
+        other = copy.copy(self)
+        other.baselines, other.recipe = [], dataclasses.replace(self.recipe, seed=seed)
+        other._choose(name, method)
+        other.calibration = other._calibration()
+        return other
+
+    def _choose(self, name: str, method: Method) -> None:
+        check_steps = getattr(method, "check_steps", None)
+        if check_steps is not None:
+            check_steps(self.recipe.steps)
+        self.name, self.method = name, method
+
     def _calibration(self) -> tuple[torch.Tensor, ...]:
         """A few windows drawn by the seed, in batches [B, window]."""
-        windows = self.windows
-        if self.corpus.calibration is not self.corpus.train:
-            windows = encode(self.corpus.calibration, self.tokenizer).windows(self.recipe.window)
-        chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.recipe.seed))
-        return windows.ids[chosen[: self.recipe.calibration_windows]].split(self.recipe.batch_size)
+        ids = self.calibration_windows.ids
+        chosen = torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.recipe.seed))
+        return ids[chosen[: self.recipe.calibration_windows]].split(self.recipe.batch_size)
 
     def __call__(self, run: Run) -> dict[str, Any]:
         """Does what is not done yet, writes summary.json and returns it."""
@@ -289,8 +306,10 @@ class Experiment:
         return dataclasses.asdict(found)
 
     def _measure_dense(self) -> dict[str, Any]:
-        model = self._open(self.dense)
-        return {**_shape(model), "perplexity": self._perplexity(model)}
+        if self._dense is None:
+            model = self._open(self.dense)
+            self._dense = {**_shape(model), "perplexity": self._perplexity(model)}
+        return self._dense
 
     def _baseline(self, name: str) -> dict[str, Any]:
         with evaluation.peak_memory(_device()) as peak:
@@ -362,6 +381,8 @@ class Experiment:
 
     def _speed(self) -> dict[str, Any]:
         r = self.recipe
+        if r.repeats == 0:
+            return {"speedup": dict.fromkeys(field.name for field in dataclasses.fields(evaluation.Speedup))}
         dense, pruned = self._open(self.dense), self._open(self.result)
         measured = evaluation.latency(
             {"dense": dense, "pruned": pruned}, r.prompt_tokens, r.new_tokens, r.repeats, progress=self.progress
@@ -484,7 +505,8 @@ def hardware() -> dict[str, Any]:
 
 def _commit() -> str | None:
     root = Path(__file__).parent.parent
-    if not (root / ".git").exists():  # an installed copy may lie inside somebody else's checkout
+    # an installed copy may lie inside somebody else's checkout
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return git.stdout.strip() or None

@@ -318,8 +318,9 @@ def tune(
     """Trains what requires a gradient in `model` for `steps` optimiser steps and leaves the result in `model`.
 
     Checkpoints go to `output_dir`/checkpoint-STEP, after every `save_every` steps (default: a tenth of them) and at
-    the end; the newest two are kept. If `output_dir` holds a complete one, training continues behind it: `model` must
-    then be prepared as it was at that step (`methods.Method.prepare(resume=...)`).
+    the end (0: only when a signal stops the training); the newest two are kept. If `output_dir` holds a complete one,
+    training continues behind it: `model` must then be prepared as it was at that step
+    (`methods.Method.prepare(resume=...)`).
 
     Args:
         dataset: windows of equal length; a batch takes `batch_size` of them, in an order that follows from `seed`.
@@ -344,7 +345,7 @@ def tune(
             "learning_rate": learning_rate,
             "lr_scheduler_type": "cosine",
             "seed": seed,
-            "save_strategy": "steps",
+            "save_strategy": "no" if save_every == 0 else "steps",
             "save_steps": save_every or max(1, steps // 10),
             "logging_steps": 1,
             "logging_nan_inf_filter": False,

@@ -60,7 +60,7 @@ def show(summary: dict[str, Any]) -> None:
         if summary[key] is not None:
             left, right = (_number(summary[key]), "") if key == "ppl_tuned_dense" else ("", _number(summary[key]))
             table.add_row(label, left, right)
-    for side in ("prefill", "decode"):
+    for side in ("prefill", "decode") if summary["speed_protocol"]["repeats"] else ():
         limit = summary[f"{side}_speedup_limit"]
         table.add_row(f"{side} (limit {limit:.2f}x)", "1.00x", f"{summary[f'{side}_speedup']:.2f}x")
     evaluation, console = summary["evaluation"], Console()

@@ -123,7 +123,24 @@ def test_host_refuses_a_wrong_result(script: Any, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def quality(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path, prose: str) -> Any:
+def children(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children see no patches, so trials run in this process."""
+
+    def run(names: list[str], result: Any, logs: Path, jobs: int = 1) -> list[str]:
+        main = importlib.import_module(Path(sys.argv[0]).stem).main
+        for name in [name for name in names if result(name) is None]:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", [*sys.argv, "--one", name])
+                main()
+        return [name for name in names if result(name) is None]
+
+    monkeypatch.setattr(importlib.import_module("trials"), "run", run)
+
+
+@pytest.fixture
+def quality(
+    script: Any, children: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path, prose: str
+) -> Any:
     """The long recipe on a tiny model; call it with a ratio to get the csv's rows."""
     module = importlib.import_module("pat_quality")
     documents = [Document(text) for text in prose.split("\n\n")]
@@ -179,7 +196,9 @@ def test_blockwise(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.fixture
-def oneshot(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path, prose: str) -> Any:
+def oneshot(
+    script: Any, children: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path, prose: str
+) -> Any:
     """The table of one-shot methods on a tiny model; call it with options to get the csv's rows."""
     module = importlib.import_module("oneshot_quality")
     documents = [Document(text) for text in prose.split("\n\n")]
