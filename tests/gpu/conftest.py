@@ -30,4 +30,6 @@ def launchers(device: torch.device) -> Launchers:
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
 
-    return Launchers(_native.cuda, lambda t: t.to(device), empty, lambda: torch.cuda.current_stream().cuda_stream)
+    return Launchers(
+        _native.cuda, lambda t: t.to(device, copy=True), empty, lambda: torch.cuda.current_stream().cuda_stream
+    )

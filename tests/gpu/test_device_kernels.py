@@ -26,13 +26,13 @@ def test_agrees_with_fp64(launchers: Launchers, shape: Shape, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_agrees_with_fp64_at_size(launchers: Launchers, shape: Shape, dtype: torch.dtype, op: Op) -> None:
-    tensors = make_inputs(shape, dtype)
+    tensors = make_inputs(shape, dtype, device="cuda")
     check(op, tensors, op.launch(launchers, shape, tensors))
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_bitwise_the_same_from_run_to_run(launchers: Launchers, op: Op) -> None:
-    tensors = make_inputs(LARGE[0], torch.bfloat16)
+    tensors = make_inputs(LARGE[0], torch.bfloat16, device="cuda")
     first = op.launch(launchers, LARGE[0], tensors)
     for _ in range(10):
         again = op.launch(launchers, LARGE[0], tensors)

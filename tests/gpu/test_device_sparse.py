@@ -72,7 +72,7 @@ def test_products(launchers: Launchers, shape: Shape, product: Product) -> None:
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_products_at_size_and_again(launchers: Launchers, shape: Shape, product: Product) -> None:
-    tensors = product.inputs(shape)
+    tensors = product.inputs(shape, device="cuda")
     result = product.run(launchers, shape, tensors)
     product.check(tensors, result)
     for _ in range(5):
@@ -104,6 +104,22 @@ def test_functional_api(device: torch.device, op: str, dtype: torch.dtype, token
     assert (grad.cpu().double() - exact).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packing_at_size(launchers: Launchers, dtype: torch.dtype) -> None:
+    """Bit for bit what the reference makes on the device: more tiles and groups than one wave of blocks has threads."""
+    weight = nm_weight(4096, 11008, 2, 4, dtype, odd=True, device="cuda")
+    scores = weight.nan_to_num()
+    previous, _, _ = reference.nm_prune(-scores, 2, 4, None)
+    for result, right in (
+        (nm_prune(launchers, scores, 2, 4, previous), reference.nm_prune(scores, 2, 4, previous)),
+        (packed := nm_compress(launchers, weight, 2, 4), reference.nm_compress(weight, 2, 4)),
+        ((nm_decompress(launchers, *packed[:2], 2, 4),), (torch.where(weight == 0, 0, weight),)),
+        (tiles := bitmap_pack(launchers, weight), reference.bitmap_pack(weight)),
+        ((bitmap_unpack(launchers, *tiles, 4096, 11008),), (torch.where(weight == 0, 0, weight),)),
+    ):
+        assert_same(result, tuple(tensor.cpu() for tensor in right))
+
+
 def test_errors_name_the_group(device: torch.device) -> None:
     weight = nm_weight(8, 32, 2, 4, torch.float16)
     weight[5, 8:12] = 1
@@ -122,10 +138,9 @@ def test_cutlass(device: torch.device, shape: Shape, dtype: torch.dtype, bias: b
     if not hasattr(_native.cuda, "nm_linear_cutlass") or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a build with PYPRUNE_CUTLASS=1 and a device of capability 9.0")
     product = Product("nm_linear", dtype, True, 1)
-    tensors = product.inputs(shape)
-    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-    assert plans.suits_cutlass(on_device["x"], shape.outputs)
-    packed = (on_device["values"], on_device["metadata"], 2, 4)
+    tensors = product.inputs(shape, device="cuda")
+    assert plans.suits_cutlass(tensors["x"], shape.outputs)
+    packed = (tensors["values"], tensors["metadata"], 2, 4)
     with patch.object(sparse_gemm, "linear", side_effect=AssertionError("not by CUTLASS")):
-        y = ops.nm_linear(on_device["x"], *packed, on_device["bias"] if bias else None)
-    product.check(tensors, y.cpu(), bias)
+        y = ops.nm_linear(tensors["x"], *packed, tensors["bias"] if bias else None)
+    product.check(tensors, y, bias)

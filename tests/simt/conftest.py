@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from emulator import LAZY, Emulator
+from hsm_checks import Launchers
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,9 @@ def emulator(compiled_emulator: Emulator) -> Iterator[Emulator]:
     compiled_emulator.at_end = True
     yield compiled_emulator
     compiled_emulator.free_all()
+
+
+@pytest.fixture
+def launchers(emulator: Emulator) -> Launchers:
+    """The emulated launchers on guarded memory."""
+    return Launchers(emulator.cuda, emulator.copy, emulator.empty)

@@ -60,27 +60,28 @@ class Launchers:
         addresses = [tensor.data_ptr() for tensor in (*arguments, *results.values(), workspace)]
         getattr(self.cuda, function)(shape, code, *options, *addresses, self.stream())
         for before, after in zip((t for n, t in inputs.items() if n != "dtype_of"), arguments, strict=True):
-            assert torch.equal(before, after.cpu()), f"{function} changed an input"
+            assert torch.equal(before.cpu(), after.cpu()), f"{function} changed an input"
         return {name: tensor.cpu().clone() for name, tensor in results.items()}
 
     def poisoned(self, like: Tensor) -> Tensor:
         return self.empty(*like.shape, dtype=like.dtype).fill_(float("nan"))
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Tensors:
+def make_inputs(shape: Shape, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Tensors:
     """Everything any launcher reads, of the sizes met in training: unit-variance rows, orthonormal-like l0 and l1."""
     tokens, hidden, rank, outputs = shape
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
+    draw = {"generator": g, "device": device}
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=g) * scale).to(dtype)
+        return (torch.randn(*size, **draw) * scale).to(dtype)
 
-    mask = torch.rand(outputs, generator=g)
+    mask = torch.rand(outputs, **draw)
     mask[::5] = 0.0  # A pruned channel is exactly zero.
     return {
         "x": normal(tokens, hidden),
         "l0": normal(rank, hidden, scale=max(hidden, 1) ** -0.5),
-        "v": torch.randn(rank, generator=g),
+        "v": torch.randn(rank, **draw),
         "l1": normal(outputs, rank, scale=max(rank, 1) ** -0.5),
         "mask": mask,
         "residual": normal(tokens, outputs),
@@ -89,7 +90,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Tensors:
         "grad_y": normal(tokens, outputs),
         "residual_out": normal(tokens, outputs),
         "grad_normed": normal(tokens, outputs),
-        "rstd": torch.rand(tokens, generator=g) + 0.5,
+        "rstd": torch.rand(tokens, **draw) + 0.5,
     }
 
 
@@ -185,8 +186,9 @@ def check(op: Op, tensors: Tensors, results: Tensors) -> None:
     """
     exact = op.maths({name: tensor.double() for name, tensor in tensors.items()})
     plain = op.maths(tensors)
-    for name, result in results.items():
+    for name, found in results.items():
         right = exact[name]
+        result = found.to(right.device)
         assert torch.equal(result.isnan(), right.isnan()), f"{op}: {name} holds NaN: wrong, or never written"
         if right.isnan().any() or right.numel() == 0:  # The mean over no column.
             continue

@@ -129,5 +129,6 @@ def bit_operations(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, 
     return a, b, selector, torch.where(out >= 2**31, out - 2**32, out).int()
 
 
-MMA_ATOL = 32 * 2**-23
-"""17 fp32 additions of terms below 16, in an order that the ISA leaves open, each rounded (or cut, as hardware may)."""
+MMA_ATOL = 17 * 2**-19
+"""17 terms below 32 in an order that the ISA leaves open. Tensor cores shift them to the largest one's exponent and cut
+what falls off, up to a unit in its last place (2^-19) of each; a wrong layout is off by 1."""

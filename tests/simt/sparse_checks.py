@@ -35,26 +35,43 @@ def addresses(*tensors: Tensor | None) -> list[int]:
 # nm and bitmap: exact
 
 
-def odd_weight(rows: int, columns: int, dtype: torch.dtype, sparsity: float, seed: int = 0) -> Tensor:
+def odd_weight(
+    rows: int, columns: int, dtype: torch.dtype, sparsity: float, seed: int = 0, device: str = "cpu"
+) -> Tensor:
     """Normal weights with zeros of both signs, infinities, NaN and the smallest denormal among them."""
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=g).to(dtype)
+    g = torch.Generator(device).manual_seed(seed)
+    draw = {"generator": g, "device": device}
+    weight = torch.randn(rows, columns, **draw).to(dtype)
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    odd = torch.tensor([float("inf"), -float("inf"), float("nan"), tiny, -tiny]).to(dtype)
-    strange = torch.rand(weight.shape, generator=g) < 0.1
-    weight = torch.where(strange, odd[torch.randint(5, weight.shape, generator=g)], weight)
-    zeros = torch.tensor([0.0, -0.0], dtype=dtype)[torch.randint(2, weight.shape, generator=g)]
-    return torch.where(torch.rand(weight.shape, generator=g) < sparsity, zeros, weight)
+    odd = torch.tensor([float("inf"), -float("inf"), float("nan"), tiny, -tiny], device=device).to(dtype)
+    strange = torch.rand(weight.shape, **draw) < 0.1
+    weight = torch.where(strange, odd[torch.randint(5, weight.shape, **draw)], weight)
+    zeros = torch.tensor([0.0, -0.0], dtype=dtype, device=device)[torch.randint(2, weight.shape, **draw)]
+    return torch.where(torch.rand(weight.shape, **draw) < sparsity, zeros, weight)
 
 
-def nm_weight(rows: int, columns: int, n: int, m: int, dtype: torch.dtype, odd: bool = False, seed: int = 0) -> Tensor:
+def nm_weight(
+    rows: int,
+    columns: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    odd: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Tensor:
     """At most n of every m are not zero; zeros of both signs and more of them than need be, if `odd`."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
+    draw = {"generator": g, "device": device}
     shape = (rows, columns // m, m)
-    kept = torch.zeros(shape, dtype=torch.bool)
-    kept.scatter_(2, torch.rand(shape, generator=g).topk(n, dim=2).indices, True)
-    weight = odd_weight(rows, columns, dtype, 0.3, seed) if odd else torch.randn(rows, columns, generator=g).to(dtype)
-    zeros = torch.tensor([0.0, -0.0], dtype=dtype)[torch.randint(2 if odd else 1, weight.shape, generator=g)]
+    kept = torch.zeros(shape, dtype=torch.bool, device=device)
+    kept.scatter_(2, torch.rand(shape, **draw).argsort(2)[..., :n], True)
+    if odd:
+        weight = odd_weight(rows, columns, dtype, 0.3, seed, device)
+    else:
+        weight = torch.randn(rows, columns, **draw).to(dtype)
+    zeros = torch.tensor([0.0, -0.0], dtype=dtype, device=device)
+    zeros = zeros[torch.randint(2 if odd else 1, weight.shape, **draw)]
     return torch.where(kept.view(rows, columns), weight, zeros)
 
 
@@ -77,7 +94,8 @@ def nm_compress(launchers: Launchers, weight: Tensor, n: int, m: int) -> tuple[T
     values = poisoned(launchers, *values.shape, dtype=weight.dtype)
     metadata = poisoned(launchers, *metadata.shape, dtype=torch.uint8)
     first = launchers.copy(torch.tensor([-1]))
-    tensors = addresses(launchers.copy(weight), values, metadata, first)
+    dense = launchers.copy(weight)  # lives until the launch
+    tensors = addresses(dense, values, metadata, first)
     launchers.cuda.nm_compress((rows, columns, n, m), DTYPE_CODES[weight.dtype], *tensors, launchers.stream())
     return values.cpu().clone(), metadata.cpu().clone(), first.cpu()[0].clone()
 
@@ -87,7 +105,8 @@ def nm_decompress(
 ) -> Tensor:
     rows, columns = len(values) if rows is None else rows, values.shape[1] // n * m
     weight = poisoned(launchers, rows, columns, dtype=values.dtype)
-    tensors = addresses(launchers.copy(values), launchers.copy(metadata), weight)
+    inputs = launchers.copy(values), launchers.copy(metadata)
+    tensors = addresses(*inputs, weight)
     launchers.cuda.nm_decompress((rows, columns, n, m), DTYPE_CODES[values.dtype], *tensors, launchers.stream())
     return weight.cpu().clone()
 
@@ -111,7 +130,7 @@ def bitmap_unpack(
     launchers: Launchers, values: Tensor, bitmap: Tensor, offsets: Tensor, rows: int, columns: int
 ) -> Tensor:
     weight = poisoned(launchers, rows, columns, dtype=values.dtype)
-    inputs = map(launchers.copy, (values, bitmap, offsets))
+    inputs = [launchers.copy(tensor) for tensor in (values, bitmap, offsets)]
     tensors = addresses(*inputs, weight)
     launchers.cuda.bitmap_unpack(rows, columns, DTYPE_CODES[values.dtype], *tensors, launchers.stream())
     return weight.cpu().clone()
@@ -163,23 +182,22 @@ class Product(NamedTuple):
         kernel = "tensor cores" if self.tensor_cores else "plain"
         return f"{self.op}, {str(self.dtype).removeprefix('torch.')}, {kernel}, {self.splits} splits"
 
-    def inputs(self, shape: Shape, seed: int = 0) -> dict[str, Tensor]:
+    def inputs(self, shape: Shape, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
         """x, the dense weight, its packed parts, the bias."""
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator(device).manual_seed(seed)
+        draw = {"generator": g, "device": device}
         tokens, inputs, outputs = shape
         if self.op == "nm_linear":
-            weight = nm_weight(outputs, inputs, 2, 4, self.dtype, seed=seed)
+            weight = nm_weight(outputs, inputs, 2, 4, self.dtype, seed=seed, device=device)
             values, metadata, _ = reference.nm_compress(weight, 2, 4)
             packed = {"values": values, "metadata": metadata}
         else:
-            weight = torch.randn(outputs, inputs, generator=g).to(self.dtype)
-            dropped = torch.rand(weight.shape, generator=g) < torch.rand(
-                outputs, 1, generator=g
-            )  # Rows of any density.
+            weight = torch.randn(outputs, inputs, **draw).to(self.dtype)
+            dropped = torch.rand(weight.shape, **draw) < torch.rand(outputs, 1, **draw)  # Rows of any density.
             weight = weight.masked_fill(dropped, 0)
             packed = dict(zip(("values", "bitmap", "offsets"), reference.bitmap_pack(weight), strict=True))
-        x = torch.randn(tokens, inputs, generator=g).to(self.dtype)
-        return {"x": x, "weight": weight, **packed, "bias": torch.randn(outputs, generator=g).to(self.dtype)}
+        x = torch.randn(tokens, inputs, **draw).to(self.dtype)
+        return {"x": x, "weight": weight, **packed, "bias": torch.randn(outputs, **draw).to(self.dtype)}
 
     def run(self, launchers: Launchers, shape: Shape, t: dict[str, Tensor], bias: bool = True) -> Tensor:
         tokens, _, outputs = shape
@@ -210,7 +228,7 @@ class Product(NamedTuple):
         if exact.numel() == 0:
             return
         slack = roundoff(self.dtype) * exact.abs().max() * (4 if self.dtype == torch.float32 else 1)
-        error, allowed = (result.double() - exact).abs().max(), 2 * (plain.double() - exact).abs().max() + slack
+        error, allowed = (result.to(exact) - exact).abs().max(), 2 * (plain.double() - exact).abs().max() + slack
         assert error <= allowed, f"{self}: off by {error:.3e}, allowed {allowed:.3e}"
 
 

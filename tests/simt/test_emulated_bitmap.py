@@ -22,11 +22,6 @@ SOURCE = ROOT / "csrc/bitmap.cu"
 SHAPES = ((1, 1), (64, 64), (65, 130), (3, 144), (130, 16))
 
 
-@pytest.fixture
-def launchers(emulator: Emulator) -> Launchers:
-    return Launchers(emulator.cuda, emulator.copy, emulator.empty)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("schedule", [LAZY, EAGER_GREEDY], ids=str)

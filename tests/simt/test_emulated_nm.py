@@ -19,11 +19,6 @@ from sparse_checks import (
 from torch import Tensor
 
 
-@pytest.fixture
-def launchers(emulator: Emulator) -> Launchers:
-    return Launchers(emulator.cuda, emulator.copy, emulator.empty)
-
-
 def rough_scores(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Scores with many ties, infinities and zeros of both signs."""
     g = torch.Generator().manual_seed(rows)

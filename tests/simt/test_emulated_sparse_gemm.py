@@ -21,11 +21,6 @@ MORE_TOKENS = Shape(11, 520, 72)
 FORMATS = [product for product in PRODUCTS if product.dtype == torch.bfloat16 and product.splits == 2]
 
 
-@pytest.fixture
-def launchers(emulator: Emulator) -> Launchers:
-    return Launchers(emulator.cuda, emulator.copy, emulator.empty)
-
-
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("schedule", [LAZY, EAGER_GREEDY], ids=str)

@@ -17,11 +17,6 @@ SOURCE = ROOT / "csrc/hsm_fused.cu"
 BUSY = Shape(130, 264, 72, 200)  # Several blocks, pipeline stages and splits in every kernel.
 
 
-@pytest.fixture
-def launchers(emulator: Emulator) -> Launchers:
-    return Launchers(emulator.cuda, emulator.copy, emulator.empty)
-
-
 @pytest.mark.parametrize("op", OPS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
