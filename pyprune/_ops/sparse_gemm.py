@@ -82,8 +82,11 @@ def _check_gathered_linear(
 
 
 def _check_indices(name: str, index: Tensor | None, size: int) -> None:
-    """Raises for indices that do not rise (ValueError) or leave a dimension of `size` (IndexError)."""
-    if index is None or index.numel() == 0:
+    """Raises for indices that do not rise (ValueError) or leave a dimension of `size` (IndexError).
+
+    Not while a CUDA graph is captured, when the host may not wait for an element; what is captured has run before.
+    """
+    if index is None or index.numel() == 0 or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     first, last = int(index[0]), int(index[-1])
     if not bool((index.diff() > 0).all()):
