@@ -318,7 +318,17 @@ class UnifiedMask(_OwnOptimizer):
         ends = torch.where(self.proxy > 0, 0.5, -0.5)
         self.proxy += self.PULL * self.learning_rate * (ends - self.proxy)
         self._meet(target)
-        return {"mask_count": self.count(), "mask_target": target, "active_loss": active_before}
+        figures = {"mask_count": self.count(), "mask_target": target, "active_loss": active_before}
+        return figures | self._spread()
+
+    def _spread(self) -> dict[str, float]:
+        """The mask of this step, for the log: of as many of the smallest values as are to go, the mean and the largest;
+        of those that stay, the smallest and the mean."""
+        ranked = self.value.detach().sort().values
+        going, staying = ranked.split([len(ranked) - self.kept, self.kept])
+        names = ("mask_going", "mask_going_max", "mask_staying_min", "mask_staying")
+        figures = torch.stack([going.mean(), going[-1], staying[0], staying.mean()])
+        return dict(zip(names, figures.tolist(), strict=True))
 
     def target(self, step: int, milestone: int) -> int:
         """How many proxies are to be positive at `step`."""

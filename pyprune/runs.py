@@ -1,5 +1,5 @@
-"""One run, one folder: config.json, log.txt, metrics.jsonl, stages/, checkpoints/, summary.json and model/
-(a sparse result: dense/ and packed/).
+"""One run, one folder: config.json, commands.jsonl, log.txt, metrics.jsonl, stages/, checkpoints/, summary.json and
+model/ (a sparse result: dense/ and packed/). `pyprune report` reads it.
 
 A run is a row of stages. A stage that is done has left one record, written atomically, and a resumed run skips it; a
 stage that trains goes on from its newest checkpoint. So a run that was stopped ends as one that was not.
@@ -22,6 +22,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import torch
 from torch import nn
 
 from pyprune import checkpoint, evaluation, surgery
-from pyprune.architectures import describe
+from pyprune.architectures import describe, describe_blocks, size_of
 from pyprune.data import Corpus, DataError, TokenStream, encode
 from pyprune.info import processor, version_of
 from pyprune.methods import Method, like, option
@@ -77,8 +78,11 @@ class Run:
 
 
 @contextmanager
-def open_run(folder: str | Path, config: dict[str, Any], resume: bool) -> Iterator[Run]:
-    """A run in `folder`, new or resumed. `config` is what defines the result; it is kept in config.json.
+def open_run(
+    folder: str | Path, config: dict[str, Any], resume: bool, command: Sequence[str] | None = None
+) -> Iterator[Run]:
+    """A run in `folder`, new or resumed. `config` is what defines the result; it is kept in config.json. Each time, a
+    line of commands.jsonl says when, by which `command` (words; None: from Python), and with which versions.
 
     Raises RunError when the folder is not empty and `resume` was not asked for, is no run folder, belongs to a run
     with another configuration (the first key that differs is named), or is in use by another process.
@@ -90,6 +94,7 @@ def open_run(folder: str | Path, config: dict[str, Any], resume: bool) -> Iterat
     with _locked(folder / ".lock"):
         if not (folder / "config.json").exists():
             write_json(folder / "config.json", config)
+        _note_command(folder / "commands.jsonl", command)
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         loggers = [log, logging.getLogger("py.warnings")]
@@ -126,6 +131,13 @@ def check_folder(folder: Path, config: dict[str, Any], resume: bool) -> None:
                 f"--resume: {key} was {before.get(key)!r} and is now {now.get(key)!r}; resume {folder} with the same "
                 "options, or name another folder"
             )
+
+
+def _note_command(path: Path, command: Sequence[str] | None) -> None:
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    line = {"started": started, "command": None if command is None else list(command), **environment()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 @contextmanager
@@ -308,20 +320,20 @@ class Experiment:
     def _measure_dense(self) -> dict[str, Any]:
         if self._dense is None:
             model = self._open(self.dense)
-            self._dense = {**_shape(model), "perplexity": self._perplexity(model)}
+            self._dense = {**shape_of(model), "perplexity": self._perplexity(model)}
         return self._dense
 
     def _baseline(self, name: str) -> dict[str, Any]:
         with evaluation.peak_memory(_device()) as peak:
             model, tuned = self._tuned(name, like(name, self.method))
-        record = {**_shape(model), "training": dataclasses.asdict(tuned), "peak_bytes": peak.bytes}
+        record = {**shape_of(model), "training": dataclasses.asdict(tuned), "peak_bytes": peak.bytes}
         return {**record, "perplexity": self._perplexity(model)}
 
     def _train(self) -> dict[str, Any]:
         with evaluation.peak_memory(_device()) as peak:
             model, tuned = self._tuned(self.name, self.method)
         shutil.rmtree(self.result, ignore_errors=True)  # a kill between the export and the record of this stage
-        record = {**_shape(model), "training": dataclasses.asdict(tuned), "peak_bytes": peak.bytes}
+        record = {**shape_of(model), "training": dataclasses.asdict(tuned), "peak_bytes": peak.bytes}
         record["widths"] = Widths.of(describe(model)).largest()
         if not self.sparse:
             surgery.export(model, self.tokenizer, self.result)
@@ -330,10 +342,11 @@ class Experiment:
         log.info("%s", report)
         shutil.rmtree(self.run.dense, ignore_errors=True)
         checkpoint.save_dense(model, self.tokenizer, self.run.dense)
-        zeros = sum(layer.sparsity * math.prod(layer.shape) for layer in report.layers)
+        zeros = {layer.name: round(layer.sparsity * math.prod(layer.shape)) for layer in report.layers}
         weights = sum(math.prod(layer.shape) for layer in report.layers)
         return record | {
-            "sparsity": zeros / weights,
+            "sparsity": sum(zeros.values()) / weights,
+            "zeros": zeros,
             "bytes_dense": report.dense_bytes,
             "bytes_packed": report.bytes,
         }
@@ -377,7 +390,7 @@ class Experiment:
 
     def _measure_pruned(self) -> dict[str, Any]:
         model = self._open(self.result)
-        return {**_shape(model), "perplexity": self._perplexity(model)}
+        return {**shape_of(model), "perplexity": self._perplexity(model)}
 
     def _speed(self) -> dict[str, Any]:
         r = self.recipe
@@ -475,15 +488,23 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _shape(model: nn.Module) -> dict[str, Any]:
-    """Sizes counted from the tensors, not from a setting; of packed weights, the values that are stored."""
+def shape_of(model: nn.Module) -> dict[str, Any]:
+    """Sizes counted from the tensors, not from a setting; of packed weights, `params` are the values that are stored.
+    `bytes` are those of all weights, shared ones once; `linears` the shapes [out, in] of the blocks' linears."""
     decoder, counts = describe(model), surgery.parameter_counts(model)
     return {
         "params": counts["total"],
         "block_params": counts["blocks"],
+        "bytes": sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values()),
         "hidden_size": decoder.hidden_size,
         "tied": decoder.tied,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "linears": {
+            f"{block.name}.{linear.name}": size_of(linear.module)
+            for block in describe_blocks(model).blocks
+            for branch in block.branches
+            for linear in (*branch.reads, branch.write)
+        },
     }
 
 

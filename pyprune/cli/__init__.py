@@ -36,7 +36,7 @@ def _command(name: str) -> Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(argv).parse_args(argv)
+    args = _parser(argv).parse_args(argv, Options(argv=["pyprune", *argv]))
     logging.captureWarnings(True)
     try:
         result = _command(args.command).run(args)

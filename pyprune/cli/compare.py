@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
         for name, method in methods.items()
     }
-    with runs.open_run(args.out, config, args.resume) as run:
+    with runs.open_run(args.out, config, args.resume, args.argv) as run:
         return oneshot.Comparison(prunings)(run)
 
 

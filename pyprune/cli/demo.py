@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     baselines = experiment.baselines(args.baselines)
     config = experiment.configuration(args, recipe, method, baselines)
     log_to_stderr()
-    with runs.open_run(args.out, config, args.resume) as run:
+    with runs.open_run(args.out, config, args.resume, args.argv) as run:
         dense = run.folder / "original"
         run.stage(
             "model",

@@ -45,10 +45,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config |= {key: getattr(args, key) for key in ("window", "windows", "eval_window", "dtype")}
     runs.check_folder(args.out, config, args.resume)
     runs.check_method(method, args.model, args.trust_remote_code)
-    with runs.open_run(args.out, config, args.resume) as run:
+    with runs.open_run(args.out, config, args.resume, args.argv) as run:
         cut = run.stage("cut", lambda: _cut(args, method, run))
         measured = run.stage("measure", lambda: _measure(args, run)) if args.eval_data else {}
-        summary = {**config, **cut, **measured, "model_pruned": str(run.model)}
+        counted = {key: value for key, value in cut.items() if key not in ("dense", "pruned")}
+        summary = {**config, **counted, **measured, "model_pruned": str(run.model), **runs.environment()}
         runs.write_json(run.folder / "summary.json", summary)
     return summary
 
@@ -56,17 +57,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _cut(args: argparse.Namespace, method: Any, run: Any) -> dict[str, Any]:
     import shutil
 
-    from pyprune import models, surgery
+    from pyprune import models, runs, surgery
     from pyprune.architectures import describe
     from pyprune.plan import Widths
 
     model = models.open_model(args.model, args.dtype, args.trust_remote_code)
-    before = surgery.parameter_counts(model)["total"]
+    before = runs.shape_of(model)
     model = method.cut(model, _windows(args))
     shutil.rmtree(run.model, ignore_errors=True)  # of a run that was stopped between the export and its record
     surgery.export(model, models.open_tokenizer(args.model, args.trust_remote_code), run.model)
-    after = surgery.parameter_counts(model)["total"]
-    return {"params_dense": before, "params_pruned": after, "widths": Widths.of(describe(model)).largest()}
+    after, widths = runs.shape_of(model), Widths.of(describe(model)).largest()
+    counts = {"params_dense": before["params"], "params_pruned": after["params"], "widths": widths}
+    return counts | {"dense": before, "pruned": after}
 
 
 def _stream(args: argparse.Namespace, path: Path) -> Any:

@@ -49,5 +49,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         trust_remote_code=args.trust_remote_code,
         progress=True,
     )
-    with runs.open_run(args.out, config, args.resume) as run:
+    with runs.open_run(args.out, config, args.resume, args.argv) as run:
         return planned(run)
