@@ -23,6 +23,7 @@ COLD = 4
 """Data is cold when as much as this many times the last-level cache is read before it comes round again."""
 UNKNOWN_CACHE = 32 * 2**20
 """Bytes of the last-level cache where the system does not tell them."""
+CPUS = Path("/sys/devices/system/cpu")
 SHORTEST = 1e-3
 """Seconds between two events on a GPU from which on the gap before the first kernel does not count."""
 LONG = 1e-2
@@ -207,7 +208,7 @@ def _cpu_cache() -> int:
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     found: dict[int, dict[str, int]] = {}
     for core in cores:
-        for cache in Path(f"/sys/devices/system/cpu/cpu{core}/cache").glob("index*"):
+        for cache in (CPUS / f"cpu{core}" / "cache").glob("index*"):
             try:
                 level, shared, size = (
                     (cache / name).read_text().strip() for name in ("level", "shared_cpu_list", "size")
@@ -236,7 +237,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return _matmul_rate(_indexed(device), dtype, torch.get_num_threads())
 
 
-def limit(nbytes: int, operations: int, device: torch.device, dtype: torch.dtype) -> float:
+def floor(nbytes: int, operations: int, device: torch.device, dtype: torch.dtype) -> float:
     """Seconds that moving `nbytes` and multiplying with `operations` take at least at the measured rates of this
     device, where the two overlap. A CPU may multiply in fp32 what it has no 16-bit instructions for."""
     moving = nbytes / copy_bandwidth(device)
