@@ -2,6 +2,7 @@
 
     python benchmarks/structured_memory.py                       8 of the 22 blocks of a Llama of 1.1 B parameters
     python benchmarks/structured_memory.py --blocks 22           all of them: needs 8 GB for the gradients of "mixed"
+    python benchmarks/structured_memory.py --blocks 22 --jobs 4  all variants at a time, on a GPU
 
 Each variant runs in a process of its own and reports its peak resident set above that of an empty process with torch,
 so the weights count and the libraries do not. On a GPU it is the allocator's peak. Rows go to results.csv.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from accelerate import init_empty_weights
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="variants at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -98,10 +101,14 @@ def main() -> None:
         print(measure(a.one, a.blocks, a.samples, a.tokens, a.device))
         return
     case = f"hidden 2048, {a.blocks} blocks, bfloat16, {a.samples} x {a.tokens} tokens, {a.device}"
-    found: dict[str, float] = {}
-    for variant in a.variants:
+
+    def in_child(variant: str) -> float:
         child = [sys.executable, __file__, *sys.argv[1:], "--one", variant]
-        found[variant] = float(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        return float(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+    found: dict[str, float] = {}
+    for variant, nbytes in zip(a.variants, ThreadPoolExecutor(a.jobs).map(in_child, a.variants), strict=True):
+        found[variant] = nbytes
         share = f", {1 - found['loraprune'] / found[variant]:.1%} less by LoRAPrune" if "loraprune" in found else ""
         print(f"{variant}: {found[variant] / 2**30:.3f} GiB{share}", flush=True)
     append(
