@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from hsm_checks import Launchers
 
 
 @pytest.fixture(autouse=True)
-def device() -> torch.device:
+def device() -> Iterator[torch.device]:
+    """The GPU, whose memory goes back after every test: other processes may run tests on it."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
-    return torch.device("cuda")
+    yield torch.device("cuda")
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture
