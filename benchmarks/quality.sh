@@ -6,7 +6,8 @@
 # FOLDER gets summary.txt, a log for each step, csv and picture of what is finished, and records.tgz: the records of all
 # trials, from which the scripts' --collect makes the tables again. What one call did not finish, the next one goes on
 # with; a step alone takes the name of it. The limits add up to five minutes, the steps of most value come first.
-# Steps of training: STRUCTURED_STEPS, PAT_STEPS, AST_STEPS. Seconds of a step: SECONDS_structured and so on. JOBS: 12.
+# Steps of training: STRUCTURED_STEPS, PAT_STEPS, AST_STEPS. Seconds of a step: SECONDS_structured and so on. JOBS: 10, of
+# at most 5 GB each.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: benchmarks/quality.sh FOLDER [structured pat ast oneshot memory]}
@@ -14,28 +15,28 @@ shift
 wanted=${*:-structured pat ast oneshot memory}
 python=${PYTHON:-python3}
 runs=runs/quality
-jobs=${JOBS:-12}
+jobs=${JOBS:-10}
 failed=0
-export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 mkdir -p "$out" "$runs"
 out=$(cd "$out" && pwd)
 
-# step NAME SECONDS COMMAND...: a step stopped at its limit ends its trials' checkpoints and writes what is finished.
+# step NAME SECONDS COMMAND...: at its limit a step stops its trials, which write checkpoints, and keeps what is finished.
 step() {
   local name=$1 variable=SECONDS_$1 start=$SECONDS status
   local seconds=${!variable:-$2}
   shift 2
   [[ " model $wanted " == *" $name "* ]] || return 0
-  timeout --kill-after=25 "$seconds" "$@" >>"$out/$name.log" 2>&1
+  timeout --kill-after=30 "$seconds" "$@" >>"$out/$name.log" 2>&1
   status=$?
   [ $status -eq 0 ] || failed=$((failed + 1))
   echo "$((SECONDS - start)) s of $seconds, exit $status: $*" | tee -a "$out/summary.txt"
   [ $status -eq 0 ] || tail -n 25 "$out/$name.log"
 }
 
-# Every table: a checkpoint only where a step is stopped; perplexity in windows of 2048 on all of the held-out text.
-common=(--model "$runs/dense" --jobs "$jobs" --seed 0)
-tuned=(--save-every 0 --batch-size 8 --window 512 --eval-window 2048)
+# Checkpoints are written only where a step is stopped.
+common=(--model "$runs/dense" --jobs "$jobs")
+tuned=(--save-every 0 --batch-size 4 --window 512 --eval-window 2048)
 [ -d "$runs/dense" ] || step model 60 "$python" -c "from pyprune import data; data.demo_model('$runs/dense')"
 step structured 90 "$python" benchmarks/structured_quality.py "${common[@]}" "${tuned[@]}" --out "$runs/structured" \
   --steps "${STRUCTURED_STEPS:-100}" --warmup 10

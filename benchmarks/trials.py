@@ -96,12 +96,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _start(names: list[str], logs: Path | None) -> _Child:
     command = [sys.executable, *sys.argv, "--one", *names]
+    # a session of its own: a signal to all of this process's group would reach the child twice, and a second one means
+    # that it is to end without a checkpoint
     if logs is None:
-        return _Child(names, subprocess.Popen(command), None)
+        return _Child(names, subprocess.Popen(command, start_new_session=True), None)
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{names[0]}.log"
     with log.open("wb") as file:
-        return _Child(names, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT), log)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    return _Child(names, process, log)
 
 
 def _shown(name: str, result: Result) -> bool:
@@ -127,6 +130,6 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         try:
             process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
             process.kill()
             process.wait()
