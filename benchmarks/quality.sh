@@ -17,6 +17,7 @@ python=${PYTHON:-python3}
 runs=runs/quality
 jobs=${JOBS:-10}
 failed=0
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 mkdir -p "$out" "$runs"
 out=$(cd "$out" && pwd)

@@ -93,7 +93,7 @@ def add_parts(
 ) -> Tensor:
     """The score [count] of groups: `sums(linear, dim)` per matrix, added over its matrices; `normalised`: each of unit
     length first, so that no matrix drowns the others. Groups whose entry of `alive` is 0 count as 0."""
-    total = torch.zeros(groups.count)
+    total = torch.zeros(groups.count, device=weight_of(groups.writer.linear).device)
     for part in groups.parts:
         values = per_group(part, groups.count, sums(part.linear, part.dim)).to(total)
         values = values if alive is None else values * alive.to(values)

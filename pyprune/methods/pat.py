@@ -231,13 +231,13 @@ class _Tuning:
         It is a function of the parameters alone, so it is added once an optimiser step, however many passes that has.
         """
         weight = self.options.identity_weight / max(1, len(self.hsms))
-        total = 0.0
+        losses = []
         for hsm in self.hsms.values():
             loss = weight * hsm.identity_loss()
             for parameter, gradient in zip((hsm.l0, hsm.l1), torch.autograd.grad(loss, (hsm.l0, hsm.l1)), strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            total += loss.item()
-        return total
+            losses.append(loss.detach())
+        return sum(torch.stack(losses).tolist()) if losses else 0.0  # a GPU is waited for once
 
     @torch.no_grad()
     def freeze(self, optimizer: torch.optim.Optimizer | None) -> None:
