@@ -123,7 +123,7 @@ def run(
     model, blocks = open_model(dense, recipe.dtype), path.with_suffix("")
     if trial == DENSE:
         found = {"method": "dense", "level": "0", "options": "", "sparsity": 0}
-        write_json(path, found | {"perplexity": measure(model, text, recipe)})
+        write_json(path, found | {"perplexity": measure(model, text, recipe)} | environment())
         return
     method = trial.method()
     pruned = prune(
@@ -140,7 +140,7 @@ def run(
         **{"sparsity": pruned.sparsity, "zeros": pruned.zeros, "size": pruned.size},
         **{"perplexity": measure(model, text, recipe)},
     }
-    write_json(path, record)
+    write_json(path, record | environment())
     shutil.rmtree(blocks, ignore_errors=True)
 
 
@@ -159,7 +159,6 @@ def check(path: Path, protocol: str) -> None:
 
 def rows(records: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
     """What the csv has of each record, and beside it what it was measured with."""
-    where = environment()
     shared = {
         "calibration": f"{recipe.calibration_windows}x{recipe.calibration_window}",
         "eval_tokens": recipe.eval_tokens,
@@ -167,10 +166,6 @@ def rows(records: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, An
         "dtype": recipe.dtype,
         "seed": recipe.seed,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "hardware": where["hardware"]["gpu"] or where["hardware"]["cpu"],
-        "threads": where["hardware"]["threads"],
-        **{name: where["versions"][name] for name in ("torch", "transformers", "pyprune")},
-        "commit": (where["commit"] or "unknown")[:12],
     }
     return [
         {
@@ -179,6 +174,10 @@ def rows(records: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, An
             "sparsity": f"{record['sparsity']:.6f}",
             "perplexity": f"{record['perplexity']:.4f}",
             **shared,
+            "hardware": record["hardware"]["gpu"] or record["hardware"]["cpu"],
+            "threads": record["hardware"]["threads"],
+            **{name: record["versions"][name] for name in ("torch", "transformers", "pyprune")},
+            "commit": (record["commit"] or "unknown")[:12],
             "options": record["options"],
         }
         for record in records

@@ -14,6 +14,7 @@ import torch
 from pyprune import ops, surgery
 from pyprune.architectures import Decoder
 from pyprune.data import Corpus, Document
+from pyprune.runs import RunError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PAT_STEP = "--shapes toy --dtypes float32 --bases learned --tokens 32 --window 16 --rounds 2 --threads 1 --no-memory"
@@ -177,6 +178,20 @@ def test_quality(quality: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
     before = (tmp_path / "pat_quality.csv").read_text()
     quality("--ratios 0.25 --bases learned pca")  # done already, so nothing is trained again
     assert (tmp_path / "pat_quality.csv").read_text() == before
+
+
+def test_quality_side_by_side(quality: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trials beside others are not timed; --collect takes what is finished, runs nothing, and says what is missing."""
+    cells = quality("--ratios 0.25 --jobs 2")
+    assert [cell["method"] for cell in cells] == ["dense", "lora", "prune-then-tune", "pat"]
+    assert {(cell["prefill_speedup"], cell["decode_speedup"]) for cell in cells} == {("", "")}
+    assert "Speed beside" not in capsys.readouterr().out
+    (tmp_path / "runs" / "pat-learned-0.25" / "summary.json").unlink()
+    with pytest.raises(SystemExit, match=r"1 trials are not finished: pat-learned-0\.25"):
+        quality("--ratios 0.25 --jobs 2 --collect")
+    assert (tmp_path / "pat_quality.csv").read_text().count("\n") == 1 + 3
+    with pytest.raises(RunError, match="repeats was 0 and is now 1"):
+        quality("--ratios 0.25")
 
 
 def test_quality_refuses_runs_that_are_no_comparison(script: Any) -> None:
