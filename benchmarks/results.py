@@ -47,6 +47,14 @@ def _git(*arguments: str) -> str:
     return run.stdout.strip()
 
 
+def _driver() -> str:
+    """The version of the GPU's driver, as its own tool tells it."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, text=True, capture_output=True).stdout.partition("\n")[0].strip()
+
+
 def environment(device: str = "cpu") -> dict[str, str]:
     """The columns that say where a row comes from. A commit with a trailing + had uncommitted changes."""
     hardware = processor() if device == "cpu" else torch.cuda.get_device_name(device)
@@ -54,6 +62,7 @@ def environment(device: str = "cpu") -> dict[str, str]:
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "hardware": hardware,
+        "driver": "" if device == "cpu" else _driver(),
         "threads": str(torch.get_num_threads()),
         "load": f"{os.getloadavg()[0]:.1f}",
         "torch": torch.__version__,

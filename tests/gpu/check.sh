@@ -15,7 +15,7 @@ mkdir -p "$out"
 rm -f "$out"/*.log
 : >"$out/summary.txt"
 failed=0
-export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 # step NAME SECONDS COMMAND...: appends to NAME.log and to the summary.
 step() {

@@ -54,7 +54,7 @@ def trained(name: str, device: str, folder: Path) -> Trained:
     final = method.finalize(model)
     found = logits(final.cpu())
     (save_dense if name == "AST" else export)(final, None, folder / "model")
-    torch.testing.assert_close(logits(open_model(folder / "model")), found, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(open_model(folder / "model").cpu()), found, rtol=1e-5, atol=1e-5)
     return [line["loss"] for line in metrics], found
 
 
