@@ -1,7 +1,11 @@
-"""Keeps measurements: rows appended to results.csv, with the machine, the versions and the commit they belong to."""
+"""Keeps measurements: rows appended to results.csv, with the machine, the versions and the commit they belong to.
+
+python benchmarks/results.py H100          the newest ones of a kind of hardware as a table
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import shutil
@@ -17,6 +21,8 @@ import pyprune
 from pyprune.info import processor
 
 RESULTS = Path(__file__).with_name("results.csv")
+OURS = ("pyprune", "2:4", "bitmap", "50%", "70%")
+BOUNDS = ("floor", "limit", "products")
 
 
 @dataclass(frozen=True)
@@ -82,3 +88,40 @@ def append(rows: Iterable[Row], device: str = "cpu") -> None:
         for row in rows:
             values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
             writer.writerow(values | where)
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def table(rows: Iterable[dict[str, str]]) -> str:
+    """Markdown: a line for each benchmark and case, with our median, its share of the floor's speed, and every rival's
+    median with our gain over it. Of what was measured more than once the newest counts."""
+    cases: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in rows:
+        cases.setdefault((row["benchmark"], row["case"], row["unit"]), {})[row["provider"]] = float(row["p50"])
+    lines = ["| op | case | | ours | floor | rivals, and our gain |", "|---|---|---|---:|---:|---|"]
+    for (benchmark, case, unit), medians in cases.items():
+        mine = next((name for name in OURS if name in medians), None)
+        bound = next((name for name in BOUNDS if name in medians), None)
+        if mine is None:
+            continue
+        rivals = [name for name in medians if name not in (mine, *BOUNDS)]
+        gains = ", ".join(f"{name} {medians[name]:.4g} ({medians[name] / medians[mine]:.2f}x)" for name in rivals)
+        share = f"{medians[bound]:.4g} ({medians[bound] / medians[mine]:.0%})" if bound else ""
+        lines.append(f"| {benchmark} | {case} | {unit} | {medians[mine]:.4g} | {share} | {gains} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints the table of one kind of hardware."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("hardware", help='part of its name, such as "H100"')
+    parser.add_argument("--benchmarks", nargs="*", help="of these only")
+    arguments = parser.parse_args()
+    with RESULTS.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if arguments.hardware in row["hardware"]]
+    print(table(row for row in rows if not arguments.benchmarks or row["benchmark"] in arguments.benchmarks))
+
+
+if __name__ == "__main__":
+    main()
