@@ -25,9 +25,9 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pyprune needs Python 3.10 or later")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: requirements-dev.txt requirements-demo.txt | $(VENV)/bin/python
+$(VENV)/installed: requirements-dev.txt requirements-demo.txt requirements-eval.txt | $(VENV)/bin/python
 	$(PIP) install -r requirements-dev.txt
-	$(PIP) install --no-deps -r requirements-demo.txt
+	$(PIP) install --no-deps -r requirements-demo.txt -r requirements-eval.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/installed pyproject.toml setup.py $(SOURCES)

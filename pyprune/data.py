@@ -54,7 +54,7 @@ def read_documents(path: str | Path, tokenizer: Any = None) -> list[Document]:
     if not path.is_file():
         raise DataError(f"data file {path} does not exist or is not a file; give a text, jsonl or parquet file")
     if path.suffix == ".jsonl":
-        documents = [_row_document(row, where, tokenizer) for where, row in _jsonl_rows(path)]
+        documents = [_row_document(row, where, tokenizer) for where, row in jsonl_rows(path)]
     elif path.suffix == ".parquet":
         documents = [_row_document(row, where, tokenizer) for where, row in _parquet_rows(path)]
     else:
@@ -90,7 +90,8 @@ def _sections(text: str) -> Iterator[str]:
         yield "\n\n".join(section)
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """For every line that is not empty: where it stands, for messages, and what it holds."""
     for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
