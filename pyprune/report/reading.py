@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,8 +105,15 @@ def number(record: Any, *path: str) -> float | None:
     """The finite number at `path` in nested dictionaries; None when there is none."""
     for key in path:
         record = record.get(key) if isinstance(record, dict) else None
-    is_number = isinstance(record, int | float) and not isinstance(record, bool)
-    return float(record) if is_number and abs(record) < math.inf else None
+    if not isinstance(record, int | float) or isinstance(record, bool) or not abs(record) <= sys.float_info.max:
+        return None
+    return float(record)
+
+
+def _perplexity(record: Any, *path: str) -> float | None:
+    """As `number`; nothing below one is a perplexity."""
+    value = number(record, *path)
+    return value if value is None or value >= 1 else None
 
 
 def clean(value: Any) -> str:
@@ -251,7 +259,7 @@ def _kind(run: Run) -> str:
     """By the command that is in the configuration or, in runs from Python, by the stages."""
     by_command = {"tune": "tuning", "demo": "tuning", "compare": "comparison"}
     command = run.config.get("command")
-    if command in by_command:
+    if isinstance(command, str) and command in by_command:
         return by_command[command]
     for kind, stages in (("cut", {"cut"}), ("one-shot", {"prune"}), ("tuning", {"reload", "speed"})):
         if stages & run.stages.keys():
@@ -323,7 +331,7 @@ def _of_summary(summary: Record, side: str) -> Record:
     """What a stage's record would say, as far as the summary has it."""
     keys = {"params": f"params_{side}", "block_params": f"block_params_{side}"}
     found = {name: summary[key] for name, key in keys.items() if key in summary}
-    perplexity = number(summary, f"ppl_{side}")
+    perplexity = _perplexity(summary, f"ppl_{side}")
     return found | ({} if perplexity is None else {"perplexity": {"value": perplexity}})
 
 
@@ -334,7 +342,7 @@ def _model(name: str, role: Role, record: Record, summary: Record) -> Model:
     return Model(
         name,
         role,
-        perplexity=number(record, "perplexity", "value"),
+        perplexity=_perplexity(record, "perplexity", "value"),
         params=params,
         bytes=_first(number(record, "bytes"), _times(params, size)),
         left=1.0 if role == "dense" else None,
@@ -348,7 +356,7 @@ def _oneshot(run: Run) -> None:
     _state(run, ["prune", "reload"] if run.config.get("eval_data") else ["prune"], run.stages)
     pruned = run.stages.get("prune") or summary
     dense = run.stages.get("dense") or _of_summary(summary, "dense")
-    run.models.append(Model("dense", "dense", number(dense, "perplexity", "value"), left=1.0))
+    run.models.append(Model("dense", "dense", _perplexity(dense, "perplexity", "value"), left=1.0))
     run.models[0].bytes = number(pruned, "bytes_dense")
     partial = [] if pruned else [record for record in map(_block_file(run), _block_files(run)) if record]
     blocks = pruned.get("blocks") if pruned else partial
@@ -375,7 +383,7 @@ def _zeroed(run: Run, name: str, pruned: Record, after: Record, blocks: Any) -> 
     return Model(
         name,
         "result",
-        perplexity=number(after, "perplexity", "value"),
+        perplexity=_perplexity(after, "perplexity", "value"),
         bytes=number(pruned, "bytes_packed"),
         left=_first(None if sparsity is None else 1 - sparsity, _left(layers)),
         seconds=number(pruned, "seconds"),
@@ -392,7 +400,7 @@ def _cut(run: Run) -> None:
     for side, label, role, record in (("dense", "dense", "dense", before), ("pruned", name, "result", after)):
         if record:
             model = _model(label, role, record, summary)  # type: ignore[arg-type]
-            model.perplexity = number(found, f"ppl_{side}")
+            model.perplexity = _perplexity(found, f"ppl_{side}")
             run.models.append(model)
     if run.results:
         result = run.results[0]
@@ -417,7 +425,7 @@ def _comparison(run: Run) -> None:
     expected = [stage for name in names for stage in (f"{name}/prune", f"{name}/reload", f"{name}-speed")]
     _state(run, ["dense", *expected], done)
     dense, in_summary = run.stages.get("dense", {}), run.summary.get("dense")
-    perplexity = _first(number(dense, "perplexity", "value"), number(in_summary, "perplexity"))
+    perplexity = _first(_perplexity(dense, "perplexity", "value"), _perplexity(in_summary, "perplexity"))
     run.models.append(Model("dense", "dense", perplexity, left=1.0))
     run.models[0].bytes = number(in_summary, "bytes")
     for name in names:
@@ -425,7 +433,7 @@ def _comparison(run: Run) -> None:
         if not pruned and not row:
             continue
         model = _zeroed(run, name, pruned or row | {"bytes_packed": row.get("bytes")}, after, pruned.get("blocks"))
-        model.perplexity = _first(model.perplexity, number(row, "perplexity"))
+        model.perplexity = _first(model.perplexity, _perplexity(row, "perplexity"))
         model.decode = _first(number(run.stages.get(f"{name}-speed"), "decode_speedup"), number(row, "decode_speedup"))
         run.models[0].bytes = _first(run.models[0].bytes, number(pruned, "bytes_dense"))
         run.models.append(model)
@@ -486,7 +494,7 @@ def _shrunk(run: Run, before: Record, after: Record, zeros: Any) -> list[Layer]:
         place, old, new = _place(name), _shape(value), _shape(left[name])
         if place and old and new:
             kept = math.prod(new) - int(number(zeros, name) or 0)
-            layers.append(Layer(*place, math.prod(old), kept, old, new))
+            layers.append(Layer(*place, math.prod(old), max(kept, 0), old, new))
     return layers
 
 
@@ -497,7 +505,7 @@ def _with_zeros(run: Run, blocks: Any) -> list[Layer]:
         sizes, zeros = (block.get(key) if isinstance(block, dict) else None for key in ("sizes", "zeros"))
         for name in sizes if isinstance(sizes, dict) else []:
             size, gone = number(sizes, name), number(zeros, name)
-            if size and gone is not None:
+            if size and gone is not None and 0 <= gone <= size:
                 layers.append(Layer(index, clean(name), int(size), int(size - gone)))
     return layers
 
