@@ -220,7 +220,22 @@ def test_a_summary_alone_makes_a_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, "x", [], {}, True, math.nan, -math.inf, 0, -1, pytest.param(10**400, id="huge"), 1e300, [[1]], {"value": "x"}]
+    "value",
+    [
+        None,
+        "x",
+        [],
+        {},
+        True,
+        math.nan,
+        -math.inf,
+        0,
+        -1,
+        pytest.param(10**400, id="huge"),
+        1e300,
+        [[1]],
+        {"value": "x"},
+    ],
 )
 def test_values_of_any_kind_are_survived(tmp_path: Path, value: Any) -> None:
     """Every value of every record replaced, one after the other."""
