@@ -150,10 +150,12 @@ def measure_graphs(steps: dict[str, Step], rounds: int, stream: torch.cuda.Strea
     return {name: sorted(values) for name, values in times.items()}
 
 
-def run(problem: Problem, backward: bool, compiled: Callable[..., object], rounds: int, clock: Callable) -> list[Row]:
+def run(
+    problem: Problem, backward: bool, compiled: Callable[..., object] | None, rounds: int, clock: Callable
+) -> list[Row]:
     """Measures one direction of one op, prints its lines, and returns them."""
     make = backward_step if backward else forward_step
-    functions = {"eager": problem.eager, "compile": compiled, "pyprune": problem.fused}
+    functions = {"eager": problem.eager, "pyprune": problem.fused} | ({"compile": compiled} if compiled else {})
     steps = {name: make(function, problem) for name, function in functions.items()}
     exact = Problem(**{**vars(problem), "inputs": [t.double() for t in problem.inputs]})
     exact.grads = [grad.double() for grad in problem.grads]
@@ -177,7 +179,7 @@ def run(problem: Problem, backward: bool, compiled: Callable[..., object], round
     print(f"\n{name}, {case}")
     unit = "ms GPU time" if on_gpu else "ms CPU time" if clock is time.process_time else "ms"
     rows = []
-    for provider in ("eager", "compile", "pyprune", "products", "limit"):
+    for provider in (*functions, "products", "limit"):
         p20, p80 = quantiles(times[provider], n=5)[0], quantiles(times[provider], n=5)[3]
         p50 = median(times[provider])
         print(f"  {provider:9} {p50:8.3f} ms   {median(times['eager']) / p50:5.2f}x eager   ({p20:.3f} to {p80:.3f})")
@@ -195,6 +197,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time"
+    )
     parser.add_argument("--cpu-time", action="store_true", help="processor time, for one thread on a busy machine")
     parser.add_argument("--save", action="store_true", help="append to results.csv")
     arguments = parser.parse_args()
@@ -209,7 +214,7 @@ def main() -> None:
                 sizes = (tokens, arguments.hidden, arguments.rank)
                 for problem in problems(*sizes, getattr(torch, dtype), arguments.device):
                     torch._dynamo.reset()
-                    compiled = torch.compile(problem.eager)
+                    compiled = None if arguments.no_compile else torch.compile(problem.eager)
                     for backward in (False, True):
                         rows = run(problem, backward, compiled, arguments.rounds, clock)
                         if arguments.save:
