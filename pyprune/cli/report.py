@@ -12,11 +12,7 @@ HELP = "a page with the pictures and tables of one or more runs"
 def options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder: what --out was")
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("report"),
-        metavar="DIR",
-        help="where report.html and PNGs go (default: report)",
+        "--out", type=Path, default=Path("runs/report"), metavar="DIR", help="folder of the page (default: runs/report)"
     )
 
 
