@@ -10,7 +10,6 @@ import contextlib
 import gc
 import math
 import statistics
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pyprune import timing
 from pyprune.console import track
 
 # -------------------------------------------------------------------------------------------------------- perplexity
@@ -161,19 +161,13 @@ def _generate(model: nn.Module, prompt: torch.Tensor, new_tokens: int) -> tuple[
     device = next(model.parameters()).device
     cache = DynamicCache()
     tokens = prompt.to(device)
-    start = _now(device)
+    start = timing.now(device)
     logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    filled = _now(device)
+    filled = timing.now(device)
     for _ in range(new_tokens):
         tokens = logits[:, -1:].argmax(-1)
         logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
-    return filled - start, (_now(device) - filled) / new_tokens
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return filled - start, (timing.now(device) - filled) / new_tokens
 
 
 @dataclass(frozen=True)
@@ -189,7 +183,7 @@ class Speedup:
 
 def speedup(dense: nn.Module, pruned: nn.Module, measured: Mapping[str, Latency]) -> Speedup:
     """From `latency({"dense": dense, "pruned": pruned})`."""
-    (parameters, nbytes), (parameters_pruned, nbytes_pruned) = _work(dense), _work(pruned)
+    (parameters, nbytes), (parameters_pruned, nbytes_pruned) = work(dense), work(pruned)
     return Speedup(
         prefill=measured["dense"].prefill / measured["pruned"].prefill,
         decode=measured["dense"].decode / measured["pruned"].decode,
@@ -198,7 +192,7 @@ def speedup(dense: nn.Module, pruned: nn.Module, measured: Mapping[str, Latency]
     )
 
 
-def _work(model: nn.Module) -> tuple[int, int]:
+def work(model: nn.Module) -> tuple[int, int]:
     """(parameters of the blocks, bytes of blocks and head): what one token multiplies with, and what it reads."""
     from pyprune.architectures import describe
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from pyprune import timing
 from pyprune._ops.bitmap import tiles_of
 from pyprune.masked import MaskedLinear
 from pyprune.modules import SparseLinear
@@ -296,28 +296,10 @@ def _format(pattern: tuple[int, int] | None) -> str:
 
 @torch.no_grad()
 def _measure(pairs: list[tuple[Tensor, SparseLinear]], batch: int) -> float:
-    """Dense over packed time of all these linears, one after the other: each at its fastest in interleaved rounds,
-    which other work on the machine disturbs least."""
+    """Dense over packed time of all these linears, one after the other and launched one by one, as a model does it:
+    each at its fastest in interleaved rounds, which other work on the machine disturbs least."""
     weight = pairs[0][0]
     x = torch.randn(batch, weight.shape[1], device=weight.device).to(weight.dtype)
-
-    def dense() -> None:
-        for weight, _ in pairs:
-            linear(x, weight)
-
-    def packed() -> None:
-        for _, module in pairs:
-            module(x)
-
-    times = [(_seconds(dense, x.device), _seconds(packed, x.device)) for _ in range(ROUNDS)]
-    return min(first for first, _ in times) / min(second for _, second in times)
-
-
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    runs: dict[str, timing.Run] = {"dense": lambda i: linear(x, pairs[i][0]), "packed": lambda i: pairs[i][1](x)}
+    found = timing.interleave(runs, ROUNDS, x.device, dict.fromkeys(runs, len(pairs)), graphs=False)
+    return min(found["dense"].seconds) / min(found["packed"].seconds)

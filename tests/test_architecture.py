@@ -26,7 +26,7 @@ ROWS = [
     ["formats", "masked"],
     ["quantizer", "compressed_tensors"],
     ["packing", "models", "tasks"],
-    ["checkpoint", "vllm_plugin"],
+    ["checkpoint", "vllm_plugin", "speed"],
     ["blockwise", "distillation"],
     ["optim", "reconstruction"],
     ["methods.ast", "methods.lora", "methods.magnitude", "methods.wanda", "methods.sparsegpt", "methods.admm"],

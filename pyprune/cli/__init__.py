@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 
 Options = argparse.Namespace
 
-COMMANDS = ("demo", "tune", "plan", "prune", "compare", "eval", "generate", "export", "report", "info")
+COMMANDS = ("demo", "tune", "plan", "prune", "compare", "eval", "generate", "bench", "export", "report", "info")
 
 
 class Command(Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyprune import evaluation
+from pyprune import evaluation, timing
 from pyprune.evaluation import latency, peak_memory, perplexity, speedup
 
 
@@ -128,7 +128,7 @@ class Clock:
 
 def test_latency_interleaves_warms_up_and_takes_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(evaluation, "_now", lambda device: clock.now)
+    monkeypatch.setattr(timing, "now", lambda device: clock.now)
     dense = Scripted("dense", clock, [100.0, 4.0, 8.0, 5.0], 0.5)
     pruned = Scripted("pruned", clock, [100.0, 2.0, 1.0, 3.0], 0.25)
     found = latency({"dense": dense, "pruned": pruned}, prompt_tokens=4, new_tokens=2, repeats=3)
