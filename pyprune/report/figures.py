@@ -33,7 +33,8 @@ MASK_FIGURES = ("mask_going", "mask_staying", "mask")
 @dataclass(frozen=True)
 class Picture:
     """`draw` fills the axes; `alt` says in words what is to be seen, `table` names the one with the same numbers.
-    `group`: of which runs it is, and how they were measured, where a section has several groups."""
+    `group`: of which runs it is, and how they were measured, where a section has several. `lines`: how many names
+    stand one above the other; the picture grows with them."""
 
     name: str
     title: str
@@ -42,6 +43,7 @@ class Picture:
     draw: Callable[[Any], None]
     note: str = ""
     group: str = ""
+    lines: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def draw(picture: Picture, path: Path) -> str:
 
     buffer = io.StringIO()
     with _settings(picture):
-        figure = Figure(SIZE, layout="constrained")
+        figure = Figure((SIZE[0], max(SIZE[1], 0.22 * picture.lines + 0.8)), layout="constrained")
         picture.draw(figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         figure.suptitle(picture.title, x=0.02, ha="left", fontsize=11, fontweight="bold", color=INK)
@@ -152,7 +154,7 @@ def _settings(picture: Picture) -> Any:
 
 def short(name: str) -> str:
     """A name as it fits into a picture."""
-    return name if len(name) <= LABEL else f"{name[: LABEL - 1]}…"
+    return name if len(name) <= LABEL else f"{name[: LABEL // 2 - 1]}…{name[-LABEL // 2 :]}"
 
 
 def _name_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
@@ -322,7 +324,7 @@ def _pareto(group: Sequence[Run], runs: Sequence[Run], styles: Styles, key: str,
             axes.plot(x, y, **styles.of(run, model.name).point)
         xs, ys = [x for x, *_ in points], [y for _, y, *_ in points]
         margin = max(0.16 * (max(xs) - min(xs)), 0.05 * max(xs))
-        axes.set_xlim(min(xs) - margin, max(xs) + margin)
+        axes.set_xlim(max(min(xs) - margin, -margin / 4), max(xs) + margin)
         _logarithmic(axes.yaxis, *_room(ys, 0.14, 0.14))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / unit:,.10g}")
         axes.set_xlabel(f"{label}   ({'smaller' if key == 'bytes' else 'faster'} is to the {better})")
@@ -331,7 +333,7 @@ def _pareto(group: Sequence[Run], runs: Sequence[Run], styles: Styles, key: str,
 
     alt = f"{title}: " + "; ".join(f"{n} {said(x)}, {tables.perplexity(y)}" for x, y, n, *_ in points)
     note = f"Better is down and to the {better}; the dotted line joins what nothing else beats in both."
-    return Picture(name + suffix, title, alt, "models", draw, note, _measured(group, runs))
+    return Picture(name + suffix, title, alt, "models", draw, note, _measured(group, runs), 2 * len(points) // 3)
 
 
 def _front(points: Sequence[tuple[Any, ...]], key: str) -> list[tuple[float, float]]:
@@ -407,7 +409,7 @@ def _perplexities(group: Sequence[Run], runs: Sequence[Run], styles: Styles, suf
     title = "Perplexity on held-out text"
     alt = f"{title}: " + "; ".join(f"{n} {tables.perplexity(v)}" for v, n, *_ in reversed(found))
     note = "Lower is better. Hollow: a baseline."
-    return Picture(f"perplexity{suffix}", title, alt, "models", draw, note, _measured(group, runs))
+    return Picture(f"perplexity{suffix}", title, alt, "models", draw, note, _measured(group, runs), len(found))
 
 
 Curve = tuple[str, Style, list[float], list[float]]
@@ -429,6 +431,13 @@ def _curves(runs: Sequence[Run], styles: Styles, keys: Sequence[str] = (), x: st
     return found
 
 
+def _thin(*values: Sequence[float]) -> list[Sequence[float]]:
+    """Each with at most as many points as a picture can show, the last among them."""
+    count = len(values[0])
+    every = math.ceil(count / 1000)
+    return [column[(count - 1) % every :: every] for column in values]
+
+
 def _told(curves: Sequence[Curve], what: Callable[[float], str]) -> str:
     """First and last values in words."""
     return "; ".join(f"{name} from {what(ys[0])} to {what(ys[-1])}" for name, _, _, ys in curves)
@@ -446,8 +455,8 @@ def _loss(runs: Sequence[Run], styles: Styles) -> Picture | None:
         for name, style, xs, ys in curves:
             mean = tables.smooth(ys)
             if len(curves) <= 3:
-                axes.plot(xs, ys, color=style.color, linewidth=0.6, alpha=0.35)
-            axes.plot(xs, mean, **style.line)
+                axes.plot(*_thin(xs, ys), color=style.color, linewidth=0.6, alpha=0.35)
+            axes.plot(*_thin(xs, mean), **style.line)
             ends.append((xs[-1], mean[-1], name, style.color))
             shown = ys if len(curves) <= 3 else mean
             lows.append(min(shown))
@@ -463,7 +472,7 @@ def _loss(runs: Sequence[Run], styles: Styles) -> Picture | None:
     smoothed = [(name, style, xs, tables.smooth(ys)) for name, style, xs, ys in curves]
     alt = f"Training loss: {_told(smoothed, lambda value: f'{value:.3f}')}"
     note = "Cross entropy of the training text, the mean over a twentieth of the steps around each. Dashed: a baseline."
-    return Picture("loss", "Loss over the training", alt, "training", draw, note)
+    return Picture("loss", "Loss over the training", alt, "training", draw, note, lines=len(curves))
 
 
 def _exp(value: float) -> str:
@@ -500,9 +509,9 @@ def _masks(runs: Sequence[Run], styles: Styles) -> Picture | None:
         for key, curves in parts.items():
             outer = _curves(runs, styles, (edges[key],)) if key in edges else []
             for i, (name, style, xs, ys) in enumerate(curves):
-                axes.plot(xs, ys, **style.line)
+                axes.plot(*_thin(xs, ys), **style.line)
                 if i < len(outer) and len(outer[i][3]) == len(ys):
-                    axes.fill_between(xs, ys, outer[i][3], color=style.color, alpha=0.18, linewidth=0)
+                    axes.fill_between(*_thin(xs, ys, outer[i][3]), color=style.color, alpha=0.18, linewidth=0)
                 what = words[key] if one and key != "mask" else f"{name}: {words[key]}"
                 ends.append((xs[-1], ys[-1], what, style.color))
         axes.set_ylim(-0.03, 1.06)
@@ -536,7 +545,7 @@ def _active(runs: Sequence[Run], styles: Styles) -> Picture | None:
 
     def draw(axes: Any) -> None:
         for _, style, xs, ys in curves:
-            axes.step(xs, ys, where="post", **style.line)
+            axes.step(*_thin(xs, ys), where="post", **style.line)
         _percent_axis(axes, top=1.06)
         axes.set_ylabel("still counted, share")
         _steps_axis(axes)
@@ -560,7 +569,7 @@ def _flips(runs: Sequence[Run], styles: Styles) -> Picture | None:
     def draw(axes: Any) -> None:
         ends = []
         for name, style, xs, ys in curves:
-            axes.step(xs, ys, where="post", **style.line)
+            axes.step(*_thin(xs, ys), where="post", **style.line)
             ends.append((xs[-1], ys[-1], name, style.color))
         _percent_axis(axes)
         axes.set_ylabel("bits that flipped")
@@ -602,7 +611,7 @@ def _sparsity(runs: Sequence[Run], styles: Styles) -> Picture | None:
         for name, _, shares in found
     )
     note = "Share of the weights that is gone or zero, counted."
-    return Picture("sparsity", "Sparsity by block", alt, "by-block", draw, note)
+    return Picture("sparsity", "Sparsity by block", alt, "by-block", draw, note, lines=len(found))
 
 
 def _uneven(model: Model) -> bool:
@@ -619,15 +628,19 @@ def _linears(name: str, model: Model, style: Style, low: float, high: float) -> 
     blocks = sorted({layer.block for layer in model.layers})
 
     def draw(axes: Any) -> None:
-        from matplotlib.patches import Rectangle
+        from matplotlib.collections import PolyCollection
+        from matplotlib.colors import to_rgba
 
         axes.grid(False)
+        fields, colors = [], []
         for layer in model.layers:
             x, y = blocks.index(layer.block), len(kinds) - 1 - kinds.index(layer.name)
             strength = 0.06 + (STRONGEST - 0.06) * (layer.removed - low) / (high - low)
-            axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, color=style.color, alpha=strength, linewidth=0))
+            fields.append([(x + dx, y + dy) for dx, dy in ((-0.47, -0.46), (0.47, -0.46), (0.47, 0.46), (-0.47, 0.46))])
+            colors.append(to_rgba(style.color, strength))
             if len(blocks) <= 8:
                 axes.text(x, y, f"{layer.removed:.0%}".replace("%", ""), ha="center", va="center", fontsize=9)
+        axes.add_collection(PolyCollection(fields, facecolors=colors, linewidths=0), autolim=False)
         axes.set_xlim(-0.5, len(blocks) - 0.5)
         axes.set_ylim(-0.5, len(kinds) - 0.5)
         every = math.ceil(len(blocks) / 10)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ Record = dict[str, Any]
 Role = Literal["dense", "baseline", "result"]
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+LARGEST = 1e30  # of a figure; what is beyond, NaN and infinity are no figures
 SAME_DENSE = 0.01  # two runs are of one dense model on one text when its perplexities differ by less than this share
 
 
@@ -102,10 +102,10 @@ class Run:
 
 
 def number(record: Any, *path: str) -> float | None:
-    """The finite number at `path` in nested dictionaries; None when there is none."""
+    """The number at `path` in nested dictionaries; None when there is none, or one that nothing can have measured."""
     for key in path:
         record = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(record, int | float) or isinstance(record, bool) or not abs(record) <= sys.float_info.max:
+    if not isinstance(record, int | float) or isinstance(record, bool) or not abs(record) <= LARGEST:
         return None
     return float(record)
 

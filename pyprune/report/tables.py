@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,7 +79,7 @@ def _table(key: str, title: str, columns: Sequence[Column], rows: Sequence[tuple
 
 def perplexity(value: float) -> str:
     """Two digits behind the point while they say something."""
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
 
 
 def percent(value: float) -> str:
@@ -258,12 +259,10 @@ def training(runs: Sequence[Run]) -> Table:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """The mean of the values around each, a twentieth of all of them, fewer at the ends."""
+    """The mean of the values around each, a twentieth of all of them; at the ends, of those on one side."""
     reach = len(values) // 40
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    spans = [(i - (r := min(reach, i, len(values) - 1 - i)), i + r + 1) for i in range(len(values))]
+    sums = list(itertools.accumulate(values, initial=0.0))
+    spans = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
     return [(sums[end] - sums[begin]) / (end - begin) for begin, end in spans]
 
 

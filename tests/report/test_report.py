@@ -141,8 +141,8 @@ def test_names_at_the_ends_of_curves_do_not_touch() -> None:
 def test_smoothing_is_a_mean_around_each_step() -> None:
     values = torch.rand(200, dtype=torch.float64)
     smooth = tables.smooth(values.tolist())
-    assert smooth[100] == pytest.approx(float(values[95:106].mean())) and smooth[0] == pytest.approx(float(values[0]))
-    assert smooth[198] == pytest.approx(float(values[197:].mean()))
+    for step, around in ((100, values[95:106]), (0, values[:6]), (198, values[193:])):
+        assert smooth[step] == pytest.approx(float(around.mean()))
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -252,6 +252,21 @@ def test_values_of_any_kind_are_survived(tmp_path: Path, value: Any) -> None:
             assert all(table.texts() for table in tables.all_tables(runs))
             assert figures.pictures(runs)
         path.write_text(before)
+
+
+def test_figures_of_any_size_are_drawn(tmp_path: Path) -> None:
+    folder = run_folders.tuned(tmp_path / "run", dense=1.0, ppl=1e30)
+    run_folders.write(folder / "stages" / "speed.json", {"speedup": {"decode": 1e30, "prefill": -1e30}})
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    extreme = [line | {"loss": 1e30 * (-1) ** line["step"], "mask_going": 1e30, "mask_count": -3} for line in lines]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, extreme)))
+    result = report.make([folder], tmp_path / "out")
+    assert {"pareto-decode.png", "loss.png", "mask-values.png"} <= {Path(path).name for path in result["files"]}
+
+
+def test_long_curves_are_thinned_to_their_last_point() -> None:
+    steps, values = figures._thin(range(1, 20_002), range(20_001))
+    assert len(steps) <= 1000 and steps[-1] == 20_001 and list(values) == [step - 1 for step in steps]
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
