@@ -26,11 +26,12 @@ void bind_cpu(py::module_& m) {
 #ifdef PYPRUNE_WITH_CUDA
 
 void bind_cuda(py::module_& m) {
-  m.def("transposable_prune",
-        [](int dtype, int64_t rows, int64_t columns, Address scores, Address bits, Address stream) {
-          check(transposable_prune(dtype, rows, columns, pointer(scores), pointer<uint8_t>(bits), pointer(stream)),
-                "transposable_prune");
-        });
+  m.def("transposable_prune", [](int dtype, int64_t rows, int64_t columns, Address scores, Address previous_bits,
+                                 Address bits, Address flips, Address nans, Address stream) {
+    check(transposable_prune(dtype, rows, columns, pointer(scores), pointer<uint8_t>(previous_bits),
+                             pointer<uint8_t>(bits), pointer<int64_t>(flips), pointer<int64_t>(nans), pointer(stream)),
+          "transposable_prune");
+  });
 }
 
 #endif  // PYPRUNE_WITH_CUDA

@@ -22,9 +22,12 @@ def _check(scores: Tensor, previous_bits: Tensor | None) -> None:
 
 def _transposable_prune(scores: Tensor, previous_bits: Tensor | None) -> tuple[Tensor, Tensor]:
     _check(scores, previous_bits)
-    if bool(scores.isnan().any()):
+    bits, flips, nans = cast(
+        "tuple[Tensor, Tensor, Tensor]", run("transposable_prune", scores, (scores, previous_bits))
+    )
+    if int(nans) != 0:
         raise ValueError("transposable_prune: scores hold NaN, which has no rank; look for the step that made it")
-    return cast("tuple[Tensor, Tensor]", run("transposable_prune", scores, (scores, previous_bits)))
+    return bits, flips
 
 
 def _transposable_prune_fake(scores: Tensor, previous_bits: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,8 @@ def patterns() -> tuple[tuple[int, ...], ...]:
     return tuple(choice for choice in rows if columns(choice) == [0, 0, 1, 1, 2, 2, 3, 3])
 
 
-def transposable_prune(scores: Tensor, previous_bits: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `pyprune.ops.transposable_prune`."""
+def transposable_prune(scores: Tensor, previous_bits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """See `pyprune.ops.transposable_prune`; the third is how many scores are NaN."""
     rows, columns = scores.shape
     wide = scores if scores.dtype == torch.float64 else scores.float()
     tiles = wide.view(rows // 4, 4, columns // 4, 4).transpose(1, 2).reshape(-1, 4, 4)
@@ -34,7 +34,7 @@ def transposable_prune(scores: Tensor, previous_bits: Tensor | None) -> tuple[Te
     mask = kept.view(rows // 4, columns // 4, 4, 4).transpose(1, 2).reshape(rows, columns)
     bits = pack_bits(mask)
     flips = count_flips(bits, bits if previous_bits is None else previous_bits)
-    return bits, flips
+    return bits, flips, scores.isnan().sum()
 
 
 def _best(tiles: Tensor) -> Tensor:

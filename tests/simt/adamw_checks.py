@@ -45,11 +45,23 @@ def masked_weight(launchers: Launchers, weight: Tensor, kept: Tensor, out_dtype:
 
 
 def check_transposable(launchers: Launchers, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """The masks are the reference's, bit for bit."""
-    for scores in (torch.rand(shape).to(dtype), torch.randint(0, 3, shape).to(dtype)):  # many ties
+    """The masks are the reference's, bit for bit, and so are the counts."""
+    coarse = torch.tensor([1.0, 1 + 2**-7, 2**17, -(2**17), 2**18 + 2**11])  # sums that differ are rounded to the same
+    for scores in (torch.rand(shape), torch.randint(0, 3, shape), coarse[torch.randint(0, len(coarse), shape)]):
+        scores = (scores if dtype != torch.float16 else scores.clamp(-1024, 1024)).to(dtype)
+        previous = pack_bits(torch.rand(shape) < 0.5)
         with ops.using("reference"):
-            right, _ = ops.transposable_prune(scores)
-        copy, bits = launchers.copy(scores), poisoned(launchers, *right.shape, dtype=torch.uint8)
-        tensors = addresses(copy, bits)
-        launchers.cuda.transposable_prune(DTYPE_CODES[dtype], *shape, *tensors, launchers.stream())
-        assert torch.equal(bits.cpu(), right)
+            right, flips = ops.transposable_prune(scores, previous)
+        for others, expected in ((previous, int(flips)), (None, 0)):
+            bits, counts = transposable_prune(launchers, scores, others)
+            assert torch.equal(bits, right) and counts == [expected, 0]
+
+
+def transposable_prune(launchers: Launchers, scores: Tensor, previous: Tensor | None) -> tuple[Tensor, list[int]]:
+    """The mask, and how many bits differ and scores are NaN."""
+    copies = launchers.copy(scores), None if previous is None else launchers.copy(previous)
+    bits = poisoned(launchers, len(scores), -(-scores.shape[1] // 8), dtype=torch.uint8)
+    counts = launchers.copy(torch.zeros(2, dtype=torch.int64))
+    tensors = addresses(*copies, bits, counts[:1], counts[1:])
+    launchers.cuda.transposable_prune(DTYPE_CODES[scores.dtype], *scores.shape, *tensors, launchers.stream())
+    return bits.cpu(), counts.tolist()

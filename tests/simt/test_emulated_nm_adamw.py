@@ -13,6 +13,7 @@ from adamw_checks import (
     check_transposable,
     masked_weight,
     step,
+    transposable_prune,
 )
 from adamw_oracle import OPTIONS, Case
 from emulator import EAGER_GREEDY, LAZY, Emulator, Schedule
@@ -66,6 +67,15 @@ def test_transposable_masks_are_the_references(
     check_transposable(launchers, shape, dtype)
 
 
+@pytest.mark.parametrize("columns", [8, 12])
+def test_scores_that_are_nan_are_counted(launchers: Launchers, columns: int) -> None:
+    """Infinities of both signs, whose sums are NaN, are none."""
+    scores = torch.rand(8, columns)
+    scores[0, :2] = torch.tensor([torch.inf, -torch.inf])
+    scores[5, -1] = scores[6, 1] = scores[6, 2] = torch.nan
+    assert transposable_prune(launchers, scores, None)[1] == [0, 3]
+
+
 def test_reading_past_an_end_is_noticed(launchers: Launchers) -> None:
     case = Case(8, 256, torch.float32)
     mask = case.mask
@@ -88,4 +98,4 @@ def test_unknown_dtypes_are_refused(emulator: Emulator) -> None:
     with pytest.raises(RuntimeError, match="invalid argument"):
         emulator.cuda.nm_adamw(2, 1, 1, options, 0, 0, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="invalid argument"):
-        emulator.cuda.transposable_prune(7, 4, 4, 0, 0, 0)
+        emulator.cuda.transposable_prune(7, 4, 4, 0, 0, 0, 0, 0, 0)
