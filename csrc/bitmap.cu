@@ -1,14 +1,15 @@
 // Packing and unpacking weights of any sparsity. The contract is in bitmap.h.
 //
-// All of it is bound by memory. A block takes a tile, a thread a quarter of one of its 64 rows: sixteen columns, 32
-// bytes of a 16-bit type, with consecutive threads in the order of the values. 32 bytes of shared memory, for the sums
-// of the eight warps. Figures for bf16 at sparsity s; floors of 4096 x 11008 at s = 0.5 and H100's 3.35 TB/s;
-// instructions of a lane in sm_90a's machine code, "of" what an SM can issue in the time in which it moves that weight.
+// All of it is bound by memory. A block takes a tile, a thread two pieces of eight columns, 32 rows apart, so that a
+// warp's accesses to the weight are whole lines (16-bit types) and a piece's bits are a byte. Packed values pass
+// through shared memory, 8 or 16 KB of the tile: scattered there, an element at a time, they are read and written
+// outside in 16-byte pieces one behind the other. Figures for bf16 at sparsity s; floors of 4096 x 11008 at s = 0.5 and
+// H100's 3.35 TB/s; shared memory takes one access for a kept weight, of about three lanes to a bank.
 //
-//   kernel   bytes per weight        floor    instructions per weight, of
-//   scan     2 + 1/8                 29 us     8                       19
-//   pack     2 + 1/8 + 2 (1 - s)     42 us    16                       27
-//   unpack   2 (1 - s) + 1/8 + 2     42 us    17                       27
+//   kernel   bytes per weight        floor
+//   scan     2 + 1/8                 29 us
+//   pack     2 + 1/8 + 2 (1 - s)     42 us
+//   unpack   2 (1 - s) + 1/8 + 2     42 us
 #include "bitmap.h"
 #include "device.cuh"
 
@@ -18,13 +19,14 @@ namespace {
 using namespace device;
 
 constexpr int kTile = 64;
-constexpr int kColumns = 16;                                  // of a thread
-constexpr int kThreadsPerRow = kTile / kColumns;              // 4
-constexpr int kThreads = kTile * kThreadsPerRow;              // 256
-constexpr int kAlignment = 8;                                 // of a tile's values, in elements
-constexpr size_t kSharedBytes = kThreads / 32 * sizeof(int);  // a sum for each warp
+constexpr int kColumns = 8;                                 // of a piece
+constexpr int kPiecesPerRow = kTile / kColumns;             // 8
+constexpr int kPieces = 2;                                  // of a thread
+constexpr int kThreads = kTile * kPiecesPerRow / kPieces;   // 256
+constexpr int kAlignment = 8;                               // of a tile's values, in elements
+constexpr size_t kSumsBytes = kThreads / 32 * sizeof(int);  // a sum for each warp
 
-// A dense matrix, and whether its rows are whole pieces of sixteen elements on 16-byte boundaries.
+// A dense matrix, and whether its rows are whole pieces on 16-byte boundaries.
 template <typename Pointer>
 struct Dense {
   Pointer data;
@@ -32,15 +34,13 @@ struct Dense {
   bool whole;
 };
 
-// The sixteen columns that this thread has of its block's tile.
+// A piece of this thread's in its block's tile: the one numbered threadIdx.x + piece * kThreads.
 struct Place {
-  int64_t tile, row, column;
+  int64_t row, column;
 
-  template <typename Pointer>
-  __device__ __forceinline__ explicit Place(const Dense<Pointer>& dense)
-      : tile(blockIdx.y * int64_t{gridDim.x} + blockIdx.x),
-        row(int64_t{blockIdx.y} * kTile + threadIdx.x / kThreadsPerRow),
-        column(int64_t{blockIdx.x} * kTile + threadIdx.x % kThreadsPerRow * kColumns) {}
+  __device__ __forceinline__ explicit Place(int piece)
+      : row(int64_t{blockIdx.y} * kTile + (threadIdx.x + piece * kThreads) / kPiecesPerRow),
+        column(int64_t{blockIdx.x} * kTile + threadIdx.x % kPiecesPerRow * kColumns) {}
 
   // How many of the columns exist.
   template <typename Pointer>
@@ -50,8 +50,11 @@ struct Place {
   }
 };
 
+__device__ __forceinline__ int64_t this_tile() { return blockIdx.y * int64_t{gridDim.x} + blockIdx.x; }
+
 template <typename Bits>
-__device__ __forceinline__ void load(Piece<Bits, kColumns>& out, const Dense<const Bits*>& dense, const Place& place) {
+__device__ __forceinline__ void load(Piece<Bits, kColumns>& out, const Dense<const Bits*>& dense, int piece) {
+  const Place place(piece);
   const int valid = place.valid(dense);
   const Bits* source = dense.data + place.row * dense.columns + place.column;
   if (dense.whole && valid == kColumns) {
@@ -62,81 +65,122 @@ __device__ __forceinline__ void load(Piece<Bits, kColumns>& out, const Dense<con
   }
 }
 
-// The bits of this thread's columns, and where their values begin in the tile. `total` is the tile's number of ones.
-__device__ __forceinline__ int first_value(unsigned bits, int* total) {
+// Where the values of this thread's pieces begin in the tile; the tile's number of ones. The barrier inside is also the
+// one behind which the block sees what its threads wrote to shared memory before.
+__device__ __forceinline__ int first_values(const unsigned (&bits)[kPieces], int (&first)[kPieces]) {
   PYPRUNE_SHARED_MEMORY(shared);
   int* sums = reinterpret_cast<int*>(shared);
-  const int ones = __popc(bits), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int ones = __popc(bits[0]) | __popc(bits[1]) << 16;  // two counts in one, each at most 2048
   const int through = scan_warp(ones);
   if (lane == 31) sums[warp] = through;
   __syncthreads();  // Every warp's sum is there.
-  int before = 0;
-  *total = 0;
+  int before = 0, total = 0;
 #pragma unroll
   for (int i = 0; i < kThreads / 32; ++i) {
     before += i < warp ? sums[i] : 0;
-    *total += sums[i];
+    total += sums[i];
   }
-  return before + through - ones;
-}
-
-__device__ __forceinline__ unsigned bits_of(const uint16_t* bitmap, int64_t tile) {
-  return __ldg(bitmap + tile * kThreads + threadIdx.x);
+  before += through - ones;
+  first[0] = before & 0xffff;
+  first[1] = (total & 0xffff) + (before >> 16);
+  return (total & 0xffff) + (total >> 16);
 }
 
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads) scan(Dense<const Bits*> weight, uint16_t* bitmap, int64_t* offsets) {
-  const Place place(weight);
-  Piece<Bits, kColumns> piece;
-  load(piece, weight, place);
-  unsigned bits = 0;
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) bits |= unsigned{is_nonzero(piece.elements[i])} << i;
-  bitmap[place.tile * kThreads + threadIdx.x] = static_cast<uint16_t>(bits);
-  int total;
-  first_value(bits, &total);
-  if (threadIdx.x == 0) offsets[place.tile + 1] = ceil_divide(total, kAlignment) * kAlignment;
-  if (threadIdx.x == 0 && place.tile == 0) offsets[0] = 0;
+__device__ __forceinline__ Bits* staged_values() {
+  PYPRUNE_SHARED_MEMORY(shared);
+  return reinterpret_cast<Bits*>(shared + kSumsBytes);
 }
 
-template <typename Bits>
-__global__ void __launch_bounds__(kThreads)
-    pack(Dense<const Bits*> weight, const uint16_t* bitmap, const int64_t* offsets, Bits* values) {
-  const Place place(weight);
-  Piece<Bits, kColumns> piece;
-  load(piece, weight, place);
-  const unsigned bits = bits_of(bitmap, place.tile);
-  int total;
-  Bits* target = values + offsets[place.tile] + first_value(bits, &total);
+__device__ __forceinline__ void load_bits(unsigned (&bits)[kPieces], const uint8_t* bitmap) {
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
-    if (bits >> i & 1) *target++ = piece.elements[i];
-  }
-  const int64_t past = offsets[place.tile] + total + threadIdx.x;
-  if (past < offsets[place.tile + 1]) values[past] = Bits{0};
+  for (int p = 0; p < kPieces; ++p) bits[p] = __ldg(bitmap + (this_tile() * kPieces + p) * kThreads + threadIdx.x);
 }
 
+// Copies `count` elements, a multiple of kAlignment, between shared and global memory, the whole block at it.
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads)
-    unpack(const Bits* values, const uint16_t* bitmap, const int64_t* offsets, Dense<Bits*> weight) {
-  const Place place(weight);
-  const unsigned bits = bits_of(bitmap, place.tile);
-  int total;
-  const Bits* source = values + offsets[place.tile] + first_value(bits, &total);
-  Piece<Bits, kColumns> piece;
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
-    piece.elements[i] = Bits{0};
-    if (bits >> i & 1) piece.elements[i] = __ldg(source++);
-  }
-  const int valid = place.valid(weight);
-  Bits* target = weight.data + place.row * weight.columns + place.column;
-  if (weight.whole && valid == kColumns) {
-    piece.store(target);
+__device__ __forceinline__ void copy_values(Bits* target, const Bits* source, int count, bool wide) {
+  constexpr int kWide = 16 / sizeof(Bits);
+  if (wide) {
+    for (int i = threadIdx.x; i < count / kWide; i += kThreads) {
+      reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(source)[i];
+    }
   } else {
+    for (int i = threadIdx.x; i < count; i += kThreads) target[i] = source[i];
+  }
+}
+
+template <typename Bits>
+__global__ void __launch_bounds__(kThreads) scan(Dense<const Bits*> weight, uint8_t* bitmap, int64_t* offsets) {
+  Piece<Bits, kColumns> pieces[kPieces];
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) load(pieces[p], weight, p);
+  unsigned bits[kPieces] = {};
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) bits[p] |= unsigned{is_nonzero(pieces[p].elements[i])} << i;
+    bitmap[(this_tile() * kPieces + p) * kThreads + threadIdx.x] = static_cast<uint8_t>(bits[p]);
+  }
+  int first[kPieces];
+  const int total = first_values(bits, first);
+  if (threadIdx.x == 0) offsets[this_tile() + 1] = ceil_divide(total, kAlignment) * kAlignment;
+  if (threadIdx.x == 0 && this_tile() == 0) offsets[0] = 0;
+}
+
+template <typename Bits>
+__global__ void __launch_bounds__(kThreads)
+    pack(Dense<const Bits*> weight, const uint8_t* bitmap, const int64_t* offsets, Bits* values, bool wide) {
+  unsigned bits[kPieces];
+  load_bits(bits, bitmap);
+  Piece<Bits, kColumns> pieces[kPieces];
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) load(pieces[p], weight, p);
+  Bits* staged = staged_values<Bits>();
+  int first[kPieces];
+  const int total = first_values(bits, first);
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      if (i < valid) target[i] = piece.elements[i];
+      if (bits[p] >> i & 1) staged[first[p]++] = pieces[p].elements[i];
+    }
+  }
+  const int count = (total + kAlignment - 1) / kAlignment * kAlignment;
+  if (total + static_cast<int>(threadIdx.x) < count) staged[total + threadIdx.x] = Bits{0};
+  __syncthreads();  // The tile's values are there.
+  copy_values(values + offsets[this_tile()], staged, count, wide);
+}
+
+template <typename Bits>
+__global__ void __launch_bounds__(kThreads)
+    unpack(const Bits* values, const uint8_t* bitmap, const int64_t* offsets, Dense<Bits*> weight, bool wide) {
+  unsigned bits[kPieces];
+  load_bits(bits, bitmap);
+  const int64_t begin = offsets[this_tile()], size = offsets[this_tile() + 1] - begin;
+  Bits* staged = staged_values<Bits>();
+  copy_values(staged, values + begin, static_cast<int>(size < kTile * kTile ? size : kTile * kTile), wide);
+  int first[kPieces];
+  first_values(bits, first);
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    Piece<Bits, kColumns> piece;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      piece.elements[i] = Bits{0};
+      if (bits[p] >> i & 1) piece.elements[i] = staged[first[p]++];
+    }
+    const Place place(p);
+    const int valid = place.valid(weight);
+    Bits* target = weight.data + place.row * weight.columns + place.column;
+    if (weight.whole && valid == kColumns) {
+      piece.store(target);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        if (i < valid) target[i] = piece.elements[i];
+      }
     }
   }
 }
@@ -148,9 +192,11 @@ Dense<Pointer> dense(Pointer data, int64_t rows, int64_t columns) {
 
 // A block to every tile.
 template <typename Kernel, typename... Arguments>
-cudaError_t launch_tiles(Kernel kernel, int64_t rows, int64_t columns, void* stream, Arguments... arguments) {
+cudaError_t launch_tiles(Kernel kernel, int64_t rows, int64_t columns, size_t element_bytes, void* stream,
+                         Arguments... arguments) {
   const dim3 grid(blocks(ceil_divide(columns, kTile)), blocks(ceil_divide(rows, kTile)));
-  return launch(kernel, grid, kThreads, kSharedBytes, static_cast<cudaStream_t>(stream), arguments...);
+  const size_t shared_bytes = kSumsBytes + kTile * kTile * element_bytes;
+  return launch(kernel, grid, kThreads, shared_bytes, static_cast<cudaStream_t>(stream), arguments...);
 }
 
 bool valid(int64_t rows, int64_t columns) { return rows >= 0 && columns >= 0 && rows <= int64_t{65535} * kTile; }
@@ -162,8 +208,8 @@ int bitmap_scan(int64_t rows, int64_t columns, int dtype, const void* weight, ui
   if (!valid(rows, columns)) return cudaErrorInvalidValue;
   return with_bits(dtype, [&](auto zero) -> int {
     using Bits = decltype(zero);
-    return launch_tiles(scan<Bits>, rows, columns, stream, dense(static_cast<const Bits*>(weight), rows, columns),
-                        reinterpret_cast<uint16_t*>(bitmap), offsets);
+    return launch_tiles(scan<Bits>, rows, columns, 0, stream, dense(static_cast<const Bits*>(weight), rows, columns),
+                        bitmap, offsets);
   });
 }
 
@@ -172,8 +218,9 @@ int bitmap_pack(int64_t rows, int64_t columns, int dtype, const void* weight, co
   if (!valid(rows, columns)) return cudaErrorInvalidValue;
   return with_bits(dtype, [&](auto zero) -> int {
     using Bits = decltype(zero);
-    return launch_tiles(pack<Bits>, rows, columns, stream, dense(static_cast<const Bits*>(weight), rows, columns),
-                        reinterpret_cast<const uint16_t*>(bitmap), offsets, static_cast<Bits*>(values));
+    return launch_tiles(pack<Bits>, rows, columns, sizeof(Bits), stream,
+                        dense(static_cast<const Bits*>(weight), rows, columns), bitmap, offsets,
+                        static_cast<Bits*>(values), aligned(values, 16));
   });
 }
 
@@ -182,9 +229,8 @@ int bitmap_unpack(int64_t rows, int64_t columns, int dtype, const void* values, 
   if (!valid(rows, columns)) return cudaErrorInvalidValue;
   return with_bits(dtype, [&](auto zero) -> int {
     using Bits = decltype(zero);
-    return launch_tiles(unpack<Bits>, rows, columns, stream, static_cast<const Bits*>(values),
-                        reinterpret_cast<const uint16_t*>(bitmap), offsets,
-                        dense(static_cast<Bits*>(weight), rows, columns));
+    return launch_tiles(unpack<Bits>, rows, columns, sizeof(Bits), stream, static_cast<const Bits*>(values), bitmap,
+                        offsets, dense(static_cast<Bits*>(weight), rows, columns), aligned(values, 16));
   });
 }
 
