@@ -22,43 +22,32 @@ constexpr size_t kHistogramBytes = 52 << 10;  // of a block: four rows at 100 st
 
 using device::to_float;
 
-// kPiece consecutive elements, of which `valid` exist; the others are left alone.
 template <typename T>
-__device__ __forceinline__ void load(T (&out)[kPiece], const T* source, int valid, bool aligned) {
-  constexpr int kWords = kPiece * sizeof(T) / 16;
-  if (aligned) {
-    union {
-      uint4 words[kWords];
-      T elements[kPiece];
-    };
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = __ldg(reinterpret_cast<const uint4*>(source) + i);
-#pragma unroll
-    for (int i = 0; i < kPiece; ++i) out[i] = elements[i];
+using Piece = device::Piece<T, kPiece>;
+
+// kPiece consecutive elements, of which `valid` exist; the others are left alone. Whether rows are whole pieces on
+// 16-byte boundaries is known at compile time, so that what is loaded stays in the words as they came: to unpack it
+// early is to wait for it.
+template <bool kAligned, typename T>
+__device__ __forceinline__ void load(Piece<T>& out, const T* source, int valid) {
+  if constexpr (kAligned) {
+    out.load(source);
   } else {
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) {
-      if (i < valid) out[i] = source[i];
+      if (i < valid) out.elements[i] = source[i];
     }
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void store(T* target, const T (&values)[kPiece], int valid, bool aligned) {
-  constexpr int kWords = kPiece * sizeof(T) / 16;
-  if (aligned) {
-    union {
-      uint4 words[kWords];
-      T elements[kPiece];
-    };
-#pragma unroll
-    for (int i = 0; i < kPiece; ++i) elements[i] = values[i];
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(target)[i] = words[i];
+template <bool kAligned, typename T>
+__device__ __forceinline__ void store(T* target, const Piece<T>& values, int valid) {
+  if constexpr (kAligned) {
+    values.store(target);
   } else {
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) {
-      if (i < valid) target[i] = values[i];
+      if (i < valid) target[i] = values.elements[i];
     }
   }
 }
@@ -70,67 +59,84 @@ __device__ __forceinline__ int valid_in(int64_t column, int64_t columns) {
 }
 
 // One piece a thread. W is the weight's bits: uint16_t or uint32_t.
-template <typename W>
+template <bool kAligned, typename W>
 __global__ void __launch_bounds__(kMaskThreads)
     rank_mask_kernel(int64_t pieces, int64_t columns, const W* weight, const uint16_t* rank, const int32_t* threshold,
-                     W* out, bool aligned) {
+                     W* out) {
   const int64_t piece = static_cast<int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x;
   if (piece >= pieces) return;
   const int64_t row = piece / pieces_of(columns), column = piece % pieces_of(columns) * kPiece;
   const int64_t start = row * columns + column;
   const int valid = valid_in(column, columns), first_kept = threshold[row];
-  W w[kPiece] = {};
-  uint16_t r[kPiece] = {};
-  load(w, weight + start, valid, aligned);
-  load(r, rank + start, valid, aligned);
+  Piece<W> w = {};
+  Piece<uint16_t> r = {};
+  load<kAligned>(w, weight + start, valid);
+  load<kAligned>(r, rank + start, valid);
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) w[i] = r[i] >= first_kept ? w[i] : W{0};
-  store(out + start, w, valid, aligned);
+  for (int i = 0; i < kPiece; ++i) w.elements[i] = r.elements[i] >= first_kept ? w.elements[i] : W{0};
+  store<kAligned>(out + start, w, valid);
 }
 
 // A warp walks a row. Every lane has a histogram of its own, sums[bucket][lane] in shared memory: no atomics, so the
-// order of summation is fixed, and no bank conflicts, whatever the ranks. A weight costs one shared load and store; the
-// next piece's global loads are under way meanwhile. At 100 steps, 12.6 KB a warp and so 17 warps an SM of 228 KB. The
-// last phase reads the histograms once: 1 shared load for 40 weights of a row of 4096.
-template <typename T>
+// order of summation is fixed, and no bank conflicts, whatever the ranks, which may repeat. A weight costs 17
+// instructions in sm_90a's machine code, a shared load and store among them that wait for those before: at 4096 x 11008
+// on H100 26 us of issuing and 20 us of waiting, against 94 us (bf16) for the bytes. At 100 steps a warp has 12.6 KB
+// and an SM of 228 KB so 17 warps; what a lane loads ahead, two pieces or one of fp32, is 50 or 42 KB an SM under way,
+// where bandwidth times latency asks for about 25. The last phase reads the histograms once: 1 shared load for 40
+// weights of a row of 4096.
+template <bool kAligned, typename T>
 __global__ void __launch_bounds__(kMaxRowsPerBlock* kWarp)
     rank_bucket_grad_kernel(int64_t rows, int columns, BucketOfRank bucket_of, const T* grad, const T* weight,
-                            const uint16_t* rank, float* out, bool aligned) {
+                            const uint16_t* rank, float* out) {
   PYPRUNE_SHARED_MEMORY(shared);
+  constexpr int kStep = kWarp * kPiece;
+  constexpr int kAhead = sizeof(T) == 2 ? 2 : 1;  // pieces of a lane whose loads are under way
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int steps = static_cast<int>(bucket_of.steps);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp;
   if (row >= rows) return;  // A whole warp: the barriers below are the warp's.
   float* sums = reinterpret_cast<float*>(shared) + warp * (steps + 1) * kWarp;
-  for (int d = 0; d <= steps; ++d) sums[d * kWarp + lane] = 0.0f;
+  float* mine = sums + lane;
 
-  T g[kPiece] = {}, w[kPiece] = {};
-  uint16_t r[kPiece] = {};
+  struct {
+    Piece<T> grad, weight;
+    Piece<uint16_t> rank;
+  } ahead[kAhead];
   grad += row * columns;
   weight += row * columns;
   rank += row * columns;
-  const auto fetch = [&](int column) {
+  const auto fetch = [&](auto& pieces, int column) {
     if (column >= columns) return;
     const int valid = valid_in(column, columns);
-    load(g, grad + column, valid, aligned);
-    load(w, weight + column, valid, aligned);
-    load(r, rank + column, valid, aligned);
+    load<kAligned>(pieces.grad, grad + column, valid);
+    load<kAligned>(pieces.weight, weight + column, valid);
+    load<kAligned>(pieces.rank, rank + column, valid);
   };
-  fetch(lane * kPiece);
-  for (int column = lane * kPiece; column < columns; column += kWarp * kPiece) {
-    float product[kPiece];
-    int bucket[kPiece];
 #pragma unroll
-    for (int i = 0; i < kPiece; ++i) {
-      const uint64_t n = bucket_of.steps * r[i] + bucket_of.offset;
-      bucket[i] = static_cast<int>(n * bucket_of.multiplier >> bucket_of.shift);
-      product[i] = to_float(g[i]) * to_float(w[i]);
-    }
-    fetch(column + kWarp * kPiece);
-    const int valid = valid_in(column, columns);
+  for (int i = 0; i < kAhead; ++i) fetch(ahead[i], lane * kPiece + i * kStep);
+  for (int d = 0; d <= steps; ++d) mine[d * kWarp] = 0.0f;
+
+  for (int begin = lane * kPiece; begin < columns; begin += kAhead * kStep) {
 #pragma unroll
-    for (int i = 0; i < kPiece; ++i) {
-      if (i < valid) sums[bucket[i] * kWarp + lane] += product[i];
+    for (int a = 0; a < kAhead; ++a) {
+      const int column = begin + a * kStep;
+      if (column >= columns) break;
+      const int valid = kAligned ? kPiece : valid_in(column, columns);
+      float product[kPiece];
+      int bucket[kPiece];
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) {
+        if (i >= valid) break;
+        const uint64_t n = bucket_of.steps * ahead[a].rank.elements[i] + bucket_of.offset;
+        bucket[i] = static_cast<int>(n * static_cast<uint32_t>(bucket_of.multiplier) >> bucket_of.shift);
+        product[i] = to_float(ahead[a].grad.elements[i]) * to_float(ahead[a].weight.elements[i]);
+      }
+      fetch(ahead[a], column + kAhead * kStep);
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) {
+        if (i >= valid) break;
+        mine[bucket[i] * kWarp] += product[i];
+      }
     }
   }
   __syncwarp();
@@ -163,8 +169,9 @@ cudaError_t mask(int64_t rows, int64_t columns, const void* weight, const uint16
                  void* out, cudaStream_t stream) {
   const int64_t pieces = rows * pieces_of(columns);
   const dim3 grid(static_cast<unsigned>((pieces + kMaskThreads - 1) / kMaskThreads));
-  return launch(rank_mask_kernel<W>, grid, kMaskThreads, 0, stream, pieces, columns, static_cast<const W*>(weight),
-                rank, threshold, static_cast<W*>(out), all_aligned(columns, weight, rank, out));
+  const bool aligned = all_aligned(columns, weight, rank, out);
+  return launch(aligned ? rank_mask_kernel<true, W> : rank_mask_kernel<false, W>, grid, kMaskThreads, 0, stream, pieces,
+                columns, static_cast<const W*>(weight), rank, threshold, static_cast<W*>(out));
 }
 
 template <typename T>
@@ -174,9 +181,10 @@ cudaError_t bucket_grad(int64_t rows, int64_t columns, int steps, const void* gr
   const int fitting = static_cast<int>(kHistogramBytes / row_bytes);
   const int rows_per_block = fitting < kMaxRowsPerBlock ? fitting : kMaxRowsPerBlock;
   const dim3 grid(static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block));
-  return launch(rank_bucket_grad_kernel<T>, grid, rows_per_block * kWarp, rows_per_block * row_bytes, stream, rows,
-                static_cast<int>(columns), bucket_of_rank(columns, steps), static_cast<const T*>(grad),
-                static_cast<const T*>(weight), rank, out, all_aligned(columns, grad, weight, rank));
+  const bool aligned = all_aligned(columns, grad, weight, rank);
+  return launch(aligned ? rank_bucket_grad_kernel<true, T> : rank_bucket_grad_kernel<false, T>, grid,
+                rows_per_block * kWarp, rows_per_block * row_bytes, stream, rows, static_cast<int>(columns),
+                bucket_of_rank(columns, steps), static_cast<const T*>(grad), static_cast<const T*>(weight), rank, out);
 }
 
 }  // namespace
