@@ -6,11 +6,12 @@
 // high low + low high, three terms laid side by side along the summed dimension. At r = 8 an entry then takes 160
 // operations of mma.sync: at 600 TFLOP/s 0.27 ns per thousand, against 0.6 for the bytes. Bound by memory.
 //
-//   lora_score_pack   the factors of both products as bf16 rows, [outputs, K] and [inputs, K]: two small launches
-//   lora_score        blocks of 128 rows by 512 columns in tiles of 64: 8 warps of 16 rows
+//   lora_score        ranks up to 32 and rows of whole 16-byte pieces: factors are split where they are used
+//   lora_score_any    any rank and alignment; lora_score_pack first lays the factors out as bf16 rows, [outputs, K] and
+//                     [inputs, K]
 //
-// A thread's 16 columns of a tile are neighbours in memory (two 16-byte loads of bf16): which column of W a column of
-// the product stands for is free to choose, and chosen so.
+// Both take 128 rows by 512 columns a block. Which column of W a column of the product stands for is free to choose,
+// and chosen so that a thread's columns are neighbours in memory.
 #include "device.cuh"
 #include "lora_score.h"
 #include "ptx.cuh"
@@ -22,9 +23,210 @@ using namespace device;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kRows = 16 * kWarps;   // of a block
-constexpr int kColumns = 64;         // of a tile
-constexpr int kBlockColumns = 512;   // of a block
+constexpr int kRows = 16 * kWarps;  // of a block
+constexpr int kBlockColumns = 512;  // of a block
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Ranks up to 32
+
+constexpr int kSlot = 8;  // ranks that one mma takes of either product of the gradient
+constexpr int kMostSlots = 4;
+constexpr int kRowsAtOnce = 8;  // of a warp: the mma's columns; its rows are columns of W
+constexpr int kAhead = 3;       // times kRowsAtOnce rows whose loads are under way
+
+// Two values as bf16 pairs, high + low.
+struct Split {
+  uint32_t high, low;
+};
+
+__device__ __forceinline__ Split split(float x, float y) {
+  union Word {
+    __nv_bfloat16 elements[2];
+    uint32_t bits;
+  };
+  Word high, low;
+  high.elements[0] = __float2bfloat16(x);
+  high.elements[1] = __float2bfloat16(y);
+  low.elements[0] = __float2bfloat16(x - __bfloat162float(high.elements[0]));
+  low.elements[1] = __float2bfloat16(y - __bfloat162float(high.elements[1]));
+  return {high.bits, low.bits};
+}
+
+template <typename T>
+struct Factors {
+  int64_t outputs, inputs, rank;
+  float scale;
+  const T* weight;
+  const float *a, *b, *grad_a, *grad_b;
+};
+
+// A warp holds the right factors of its columns in registers, as the left operand of mma, and walks down the block's
+// rows, eight at a time, whose left factors are the right operand: one 16-byte shared load a lane and slot. Of a slot's
+// 16 summed terms the first eight belong to gB (A - gA), the others to B gA, so that Ghat takes three products (high
+// high, high low, low high); B A takes two, with high and low part of A side by side. 64 columns (at one slot) and
+// eight rows cost a warp 20 mma and about 110 other instructions: at 4096 x 4096 on H100 4 us of issuing and 6 of
+// tensor cores, against 12 for the bytes. No barrier but the one after the left factors are there; a thread's next rows
+// of W, 96 bytes in bf16, are under way while it computes: 48 KB an SM at two blocks. With more slots a warp has
+// fewer columns at once, and passes over the rows more often.
+template <typename T, int kDim, int kSlots>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)  // fp32 weights need more than 128 registers
+    lora_score(Factors<T> f, float* partials) {
+  constexpr int kTogether = kSlots == 4 ? 1 : 2;  // blocks whose products a lane has at one time
+  constexpr int kBlocks = kMostSlots / kSlots;    // of 16 columns, of a warp at one time
+  constexpr int kColumns = 2 * kBlocks;           // of a lane
+  PYPRUNE_SHARED_MEMORY(shared);
+  auto* left = reinterpret_cast<uint4*>(shared);  // [slot][row][pair of ranks]: gB and B high, gB and B low
+  auto* row_sums = reinterpret_cast<float*>(left + kSlots * kRows * 4);  // [kWarps][kRows]
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int rows = f.outputs - row0 < kRows ? static_cast<int>(f.outputs - row0) : kRows;
+  const int steps = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+
+  for (int pass = 0; pass < kSlots; ++pass) {
+    const int64_t column =
+        int64_t{blockIdx.y} * kBlockColumns + (pass * kWarps + warp) * 16 * kBlocks + group * kColumns;
+    const bool inside = column < f.inputs;
+    // The lane's columns of rows 2 pair and 2 pair + 1 of every eight.
+    Piece<T, kColumns> ahead[kAhead][2];
+    const auto fetch = [&](Piece<T, kColumns>(&pieces)[2], int step) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = step * kRowsAtOnce + 2 * pair + h;
+        if (inside && row < rows) {
+          pieces[h].load(f.weight + (row0 + row) * f.inputs + column);
+        } else {
+          pieces[h] = {};
+        }
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) fetch(ahead[i], i);
+
+    // For columns 2 block and 2 block + 1 of the lane, the mma's rows group and group + 8, ranks 2 pair and 2 pair + 1:
+    // A - gA and gA high, the same low; A high and low.
+    uint32_t high[kSlots][kBlocks][4], low[kSlots][kBlocks][4], plain[kSlots][kBlocks][4];
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      Piece<float, kColumns> a[2] = {}, grad_a[2] = {};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int q = slot * kSlot + 2 * pair + i;
+        if (inside && q < f.rank) {
+          a[i].load(f.a + q * f.inputs + column);
+          grad_a[i].load(f.grad_a + q * f.inputs + column);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const float x[2] = {a[0].elements[c], a[1].elements[c]}, g[2] = {grad_a[0].elements[c], grad_a[1].elements[c]};
+        const Split difference = split(x[0] - g[0], x[1] - g[1]), gradient = split(g[0], g[1]), all = split(x[0], x[1]);
+        high[slot][c / 2][c % 2] = difference.high;
+        high[slot][c / 2][2 + c % 2] = gradient.high;
+        low[slot][c / 2][c % 2] = difference.low;
+        low[slot][c / 2][2 + c % 2] = gradient.low;
+        plain[slot][c / 2][c % 2] = all.high;
+        plain[slot][c / 2][2 + c % 2] = all.low;
+      }
+    }
+    if (pass == 0) {
+      for (int i = threadIdx.x; i < kSlots * kRows * 4; i += kThreads) {
+        const int row = i / 4 % kRows, q = i / 4 / kRows * kSlot + i % 4 * 2;
+        float b[2] = {}, grad_b[2] = {};
+        for (int j = 0; j < 2; ++j) {
+          if (row >= rows || q + j >= f.rank) continue;
+          b[j] = f.b[(row0 + row) * f.rank + q + j];
+          grad_b[j] = f.grad_b[(row0 + row) * f.rank + q + j];
+        }
+        const Split gradient = split(grad_b[0], grad_b[1]), all = split(b[0], b[1]);
+        left[i] = uint4{gradient.high, all.high, gradient.low, all.low};
+      }
+      __syncthreads();  // The left factors are there.
+    }
+
+    float column_sums[kColumns] = {};
+    for (int step0 = 0; step0 < steps; step0 += kAhead) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int step = step0 + i;
+        if (step >= steps) break;
+        float sums[2] = {0.0f, 0.0f};  // of the lane's two rows
+#pragma unroll
+        for (int block0 = 0; block0 < kBlocks; block0 += kTogether) {
+          float gradient[kTogether][4] = {}, update[kTogether][4] = {};
+#pragma unroll
+          for (int slot = 0; slot < kSlots; ++slot) {
+            const uint4 l = left[(slot * kRows + step * kRowsAtOnce + group) * 4 + pair];
+            const auto multiply = [&](float (&products)[kTogether][4], const uint32_t (&right)[kBlocks][4], uint32_t b0,
+                                      uint32_t b1) {
+#pragma unroll
+              for (int t = 0; t < kTogether; ++t) {
+                ptx::mma_m16n8k16<__nv_bfloat16>(products[t], right[block0 + t], b0, b1);
+              }
+            };
+            multiply(gradient, low[slot], l.x, l.y);
+            multiply(update, plain[slot], l.w, 0);
+            multiply(gradient, high[slot], l.z, l.w);
+            multiply(update, plain[slot], l.y, l.y);
+            multiply(gradient, high[slot], l.x, l.y);
+          }
+#pragma unroll
+          for (int c = 0; c < 2 * kTogether; ++c) {
+            const int column = 2 * block0 + c;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const int place = c % 2 * 2 + h;
+              const float weight = to_float(ahead[i][h].elements[column]) + f.scale * update[c / 2][place];
+              const float score = fabsf(gradient[c / 2][place] * weight);
+              if constexpr (kDim == 0) {
+                sums[h] += score;
+              } else {
+                column_sums[column] += score;
+              }
+            }
+          }
+        }
+        fetch(ahead[i], step + kAhead);
+        if constexpr (kDim == 0) {
+          const bool odd = group % 2 != 0;  // The lane keeps row 2 pair + odd, its neighbour the other.
+          float sum = odd ? sums[1] : sums[0];
+          sum += __shfl_xor_sync(kFullWarp, odd ? sums[0] : sums[1], 4);
+          sum += __shfl_xor_sync(kFullWarp, sum, 8);
+          sum += __shfl_xor_sync(kFullWarp, sum, 16);
+          float& all = row_sums[warp * kRows + step * kRowsAtOnce + 2 * pair + odd];
+          if (group < 2) all = pass == 0 ? sum : all + sum;
+        }
+      }
+    }
+    if constexpr (kDim == 1) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        float sum = column_sums[c] + __shfl_xor_sync(kFullWarp, column_sums[c], 1);
+        sum += __shfl_xor_sync(kFullWarp, sum, 2);
+        if (pair == 0 && inside) partials[blockIdx.x * f.inputs + column + c] = sum;
+      }
+    }
+  }
+  if constexpr (kDim == 0) {
+    __syncthreads();  // Every warp's sums are there.
+    if (threadIdx.x < rows) {
+      float sum = 0.0f;
+      for (int i = 0; i < kWarps; ++i) sum += row_sums[i * kRows + threadIdx.x];
+      partials[blockIdx.y * f.outputs + row0 + threadIdx.x] = sum;
+    }
+  }
+}
+
+template <typename T, int kSlots>
+cudaError_t launch_score(dim3 grid, int dim, cudaStream_t stream, const Factors<T>& factors, float* partials) {
+  const size_t bytes = kSlots * kRows * 4 * sizeof(uint4) + (dim == 0 ? kWarps * kRows * sizeof(float) : 0);
+  return launch(dim == 0 ? lora_score<T, 0, kSlots> : lora_score<T, 1, kSlots>, grid, kThreads, bytes, stream, factors,
+                partials);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Any rank: the summed terms laid side by side, [high, high, low] by [high, low, high]
+
+constexpr int kColumns = 64;         // of a tile; 8 warps of 16 rows
 constexpr int kSteps = 6;            // of 16 along the summed dimension that are in shared memory at one time
 constexpr int kDepth = 16 * kSteps;  // elements
 constexpr int kStride = kDepth + 8;  // 13 16-byte pieces, odd: eight rows of an ldmatrix touch different banks
@@ -107,8 +309,8 @@ __device__ __forceinline__ void stage(__nv_bfloat16* shared, const __nv_bfloat16
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)  // fp32 weights need more than 128 registers
-    lora_score(int64_t outputs, int64_t inputs, int64_t rank, bool aligned, const T* weight, const __nv_bfloat16* left,
-               const __nv_bfloat16* right, float* partials) {
+    lora_score_any(int64_t outputs, int64_t inputs, int64_t rank, bool aligned, const T* weight,
+                   const __nv_bfloat16* left, const __nv_bfloat16* right, float* partials) {
   PYPRUNE_SHARED_MEMORY(shared);
   auto* shared_left = reinterpret_cast<__nv_bfloat16*>(shared);
   __nv_bfloat16* shared_right = shared_left + kRows * kStride;
@@ -213,6 +415,14 @@ int lora_group_score(int dtype, int64_t outputs, int64_t inputs, int64_t rank, f
   return with_float(dtype, [&](auto element) -> int {
     using T = decltype(element);
     const auto s = static_cast<cudaStream_t>(stream);
+    const auto* w = static_cast<const T*>(weight);
+    const dim3 grid(blocks(ceil_divide(outputs, kRows)), blocks(ceil_divide(inputs, kBlockColumns)));
+    if (inputs % 8 == 0 && aligned(weight, 16) && aligned(a, 16) && aligned(grad_a, 16) && rank <= kSlot * kMostSlots) {
+      const Factors<T> factors{outputs, inputs, rank, scale, w, a, b, grad_a, grad_b};
+      return rank <= kSlot       ? launch_score<T, 1>(grid, dim, s, factors, partials)
+             : rank <= 2 * kSlot ? launch_score<T, 2>(grid, dim, s, factors, partials)
+                                 : launch_score<T, 4>(grid, dim, s, factors, partials);
+    }
     const int64_t depth = whole_depth(rank);
     auto* left = static_cast<__nv_bfloat16*>(workspace);
     __nv_bfloat16* right = left + outputs * depth;
@@ -223,10 +433,9 @@ int lora_group_score(int dtype, int64_t outputs, int64_t inputs, int64_t rank, f
     error = launch(lora_score_pack, packing(inputs), kThreads, 0, s, inputs, rank, scale, false, a, b, grad_a, grad_b,
                    right);
     if (error != cudaSuccess) return error;
-    const dim3 grid(blocks(ceil_divide(outputs, kRows)), blocks(ceil_divide(inputs, kBlockColumns)));
-    const bool rows_aligned = device::aligned(weight, 16) && inputs * sizeof(T) % 16 == 0;
-    return launch(dim == 0 ? lora_score<T, 0> : lora_score<T, 1>, grid, kThreads, kSharedBytes, s, outputs, inputs,
-                  rank, rows_aligned, static_cast<const T*>(weight), left, right, partials);
+    const bool rows_aligned = aligned(weight, 16) && inputs * sizeof(T) % 16 == 0;
+    return launch(dim == 0 ? lora_score_any<T, 0> : lora_score_any<T, 1>, grid, kThreads, kSharedBytes, s, outputs,
+                  inputs, rank, rows_aligned, w, left, right, partials);
   });
 }
 

@@ -10,12 +10,17 @@ from torch import Tensor
 
 __all__ = ["DTYPES", "SCALE", "SHAPES", "Launchers", "make"]
 
-# (outputs, inputs, rank): one weight; nothing aligned; a second block of rows and of columns; a rank that takes several
-# stages of the summed dimension (6 r + 3 r > 96); whole tiles.
-SHAPES = [(1, 1, 1), (19, 37, 3), (130, 520, 2), (17, 72, 21), (128, 64, 8)]
+# (outputs, inputs, rank). Of rows that are whole 16-byte pieces and ranks up to 32: a second block of rows and of
+# columns; one, two and four slots of eight ranks. Of others: one weight; nothing aligned; a second block of rows and of
+# columns; a rank that takes several stages of the summed dimension (6 r + 3 r > 96); one rank too many.
+SHAPES = [
+    *((130, 520, 2), (128, 64, 8), (21, 200, 16), (17, 72, 21), (9, 136, 32)),
+    *((1, 1, 1), (19, 37, 3), (130, 515, 2), (17, 76, 21), (9, 72, 33)),
+]
 
 
-def run(launchers: Launchers, factors: Factors, dim: int) -> Tensor:
+def launch(launchers: Launchers, factors: Factors, dim: int) -> tuple[list[Tensor], Tensor]:
+    """The inputs' copies and the partial sums."""
     weight, a = factors[:2]
     copies = [launchers.copy(tensor) for tensor in factors]
     rows, scratch = launchers.cuda.lora_group_score_sizes(*weight.shape, a.shape[0], dim)
@@ -25,6 +30,11 @@ def run(launchers: Launchers, factors: Factors, dim: int) -> Tensor:
     tensors = addresses(*copies, partials, workspace[start:])
     sizes = (*weight.shape, a.shape[0])
     launchers.cuda.lora_group_score(DTYPE_CODES[weight.dtype], *sizes, SCALE, dim, *tensors, launchers.stream())
+    return copies, partials
+
+
+def run(launchers: Launchers, factors: Factors, dim: int) -> Tensor:
+    copies, partials = launch(launchers, factors, dim)
     assert all(torch.equal(before, after.cpu()) for before, after in zip(factors, copies, strict=True))
     return partials.sum(0).cpu()
 

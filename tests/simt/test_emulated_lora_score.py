@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from emulator import EAGER_GREEDY, LAZY, ROOT, SCHEDULES, Emulator
-from lora_checks import DTYPES, SHAPES, Launchers, check, make, run
+from lora_checks import DTYPES, SHAPES, Launchers, check, launch, make, run
 from ops.test_lora_score import by_hand
 
 SOURCE = ROOT / "csrc/lora_score.cu"
@@ -49,17 +49,33 @@ def barriers() -> list[int]:
 
 @pytest.mark.parametrize("line", barriers())
 def test_every_barrier_is_needed(emulator: Emulator, launchers: Launchers, line: int) -> None:
-    """Left out, some schedule gives wrong numbers or is caught."""
-    factors = make(33, 136, 12, torch.bfloat16)
+    """Left out, some schedule gives wrong numbers or is caught, in one kernel or the other."""
+    few, many = make(33, 136, 12, torch.bfloat16), make(33, 137, 12, torch.bfloat16)
+
+    def right() -> bool:
+        try:
+            for factors in (few, many):
+                for dim in (0, 1):
+                    check(factors, dim, run(launchers, factors, dim))
+        except (AssertionError, RuntimeError):
+            return False
+        return True
+
     caught = False
     for schedule in SCHEDULES:
         with emulator.using(schedule), emulator.without(line):
-            try:
-                check(factors, 1, run(launchers, factors, 1))
-            except (AssertionError, RuntimeError):
-                caught = True
-                break
+            caught = caught or not right()
     assert caught
+
+
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("dim", [0, 1])
+def test_reading_past_an_end_is_noticed(launchers: Launchers, dim: int, which: int) -> None:
+    factors = list(make(33, 136, 8, torch.bfloat16))
+    whole, copies = factors[which], launchers.copy
+    launchers.copy = lambda tensor: copies(tensor.flatten()[:-8] if tensor is whole else tensor)
+    with pytest.raises(RuntimeError, match="out of bounds access"):
+        launch(launchers, tuple(factors), dim)  # type: ignore[arg-type]
 
 
 def test_bad_codes(emulator: Emulator) -> None:
