@@ -96,47 +96,76 @@ class Scores:
     versions: dict[str, str]
 
 
-def evaluate(
-    model: nn.Module,
-    tokenizer: Any,
-    names: Sequence[str],
-    *,
-    documents: Sequence[Document] | None = None,
-    fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> Scores:
-    """Runs tasks on a transformers model, on the device it is on.
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that are ready to be run, with their data.
+
+    Attributes:
+        names: as they were asked for.
+        loaded: lm-eval's tasks and groups, by name; `GROUPS` replaced by their tasks.
+        manager: lm-eval's index of tasks.
+        seed: of everything random.
+    """
+
+    names: tuple[str, ...]
+    loaded: dict[str, list[Any]]
+    manager: Any
+    seed: int
+
+
+def load(names: Sequence[str], documents: Sequence[Document] | None = None, seed: int = 0) -> Tasks:
+    """Finds tasks and their data.
 
     Args:
         names: tasks and groups of lm-eval, `pat14`, `continuation`, or paths: a .jsonl of questions (`questions`), or
             a .yaml as lm-eval documents it, with data files relative to the working directory.
         documents: the text that `continuation` is made of.
+        seed: of the questions of `continuation`, and of few-shot examples.
+
+    Raises:
+        TaskError: lm-eval is missing, a task is unknown or named twice, its data cannot be had, or its file is wrong.
+        DataError: a file or a text without questions.
+    """
+    expanded = [task for name in names for task in GROUPS.get(name, (name,))]
+    _check(expanded, documents)
+    with _quiet():
+        manager = _manager(expanded)
+        loaded = {name: _load(manager, name, documents, seed) for name in expanded}
+    return Tasks(tuple(names), loaded, manager, seed)
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Tasks,
+    *,
+    fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> Scores:
+    """Runs tasks on a transformers model, on the device it is on.
+
+    Args:
+        tasks: what `load` returned, for one call.
         fewshot: examples before each question (None: what each task says, mostly none; a task that insists on none
             gets none).
         limit: the first so many questions of each task (None: all).
         batch_size: sequences in a forward pass.
-        seed: of everything random: few-shot examples, and the questions of `continuation`.
 
-    Raises:
-        TaskError: lm-eval is missing, a task is unknown or named twice, its data cannot be had, or its file is wrong.
-        ValueError: an option that is out of range.
+    Raises ValueError for an option that is out of range.
     """
     for option, value, least in (("fewshot", fewshot, 0), ("limit", limit, 1), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise ValueError(f"{option} is {value}; expected at least {least}")
-    check(names, documents)
+    chosen, seed = [task for group in tasks.loaded.values() for task in group], tasks.seed
     with _quiet():
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        manager = _manager(_expanded(names))
-        loaded = {name: _load(manager, name, documents, seed) for name in _expanded(names)}
         found: Any = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=[task for tasks in loaded.values() for task in tasks],
-            task_manager=manager,
+            tasks=chosen,
+            task_manager=tasks.manager,
             num_fewshot=fewshot,
             limit=limit,
             log_samples=False,
@@ -146,25 +175,23 @@ def evaluate(
             fewshot_random_seed=seed,
         )
     scores = list(_scores(found))
-    asked = [_name(task) for tasks in loaded.values() for task in tasks]
-    means = {group: _mean(scores, GROUPS[group]) for group in names if group in GROUPS}
-    return Scores(scores, asked, means, limit, batch_size, seed, {name: version_of(name) for name in PACKAGES})
+    means = {name: _mean(scores, GROUPS[name]) for name in tasks.names if name in GROUPS}
+    versions = {name: version_of(name) for name in PACKAGES}
+    return Scores(scores, [_name(task) for task in chosen], means, limit, batch_size, seed, versions)
 
 
-def check(names: Sequence[str], documents: Sequence[Document] | None) -> None:
-    """What can be said about the names before a model is read: TaskError for lm-eval missing, a name given twice, a
-    file that is none, a `continuation` of nothing."""
+def _check(names: list[str], documents: Sequence[Document] | None) -> None:
+    """What can be said before anything is read."""
     if importlib.util.find_spec("lm_eval") is None:
         raise TaskError('tasks need lm-eval, which is not installed: pip install "pyprune[eval]"')
-    expanded = _expanded(names)
-    if not expanded:
+    if not names:
         raise TaskError("no task is named; give some, such as continuation or arc_easy")
-    if twice := [name for name in expanded if expanded.count(name) > 1]:
+    if twice := [name for name in names if names.count(name) > 1]:
         raise TaskError(f"task {twice[0]} is named more than once; a result has each task once")
-    for name in expanded:
+    for name in names:
         if _is_file(name) and not Path(name).is_file():
             raise TaskError(f"task file {name} does not exist; give a .jsonl of questions or a .yaml of lm-eval")
-    if CONTINUATION in expanded and documents is None:
+    if CONTINUATION in names and documents is None:
         raise TaskError(f"task {CONTINUATION} is made of a text; give one (--text FILE)")
 
 
@@ -257,10 +284,6 @@ def _is_file(name: str) -> bool:
 
 def _is_local(name: str) -> bool:
     return name == CONTINUATION or _is_file(name)
-
-
-def _expanded(names: Sequence[str]) -> list[str]:
-    return [task for name in names for task in GROUPS.get(name, (name,))]
 
 
 def _manager(names: list[str]) -> Any:

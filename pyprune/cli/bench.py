@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 HELP = "speed on this machine: of the ops, or of a model beside another"
@@ -115,6 +116,9 @@ def show(result: dict[str, Any]) -> None:
     console.print(_op_table(result["ops"]) if "ops" in result else _model_table(result["models"]))
     if any(_launched(row, result["ops"]) for row in result.get("ops", ())):
         console.print("* with the time to launch it, which reads a result back and cannot be a CUDA graph")
+    for found in result.get("models", {}).values():
+        peak = "" if found["peak_bytes"] is None else f", {found['peak_bytes'] / 1e6:,.0f} MB at the peak"
+        console.print(f"{found['path']}: {found['weight_bytes'] / 1e6:,.0f} MB of weights{peak}", highlight=False)
     rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {name}" for name, rate in result["matmul_rates"].items())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     console.print(
@@ -154,7 +158,7 @@ def _model_table(models: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title="models in turn: medians", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("model", "MB", "peak MB", "batch", "first token, ms", "reached", "tokens/s", "reached"):
+    for column in ("model", "batch", "first token, ms", "reached", "tokens/s", "reached"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column != "model")
     for name, found in models.items():
         for place, one in enumerate(found["speed"]):
@@ -164,9 +168,7 @@ def _model_table(models: dict[str, Any]) -> Any:
                 first = f" ({base['first_token'] / one['first_token']:.2f}x)"
                 rate = f" ({one['tokens_per_second'] / base['tokens_per_second']:.2f}x)"
             table.add_row(
-                "" if place else found["path"],
-                "" if place else f"{found['weight_bytes'] / 1e6:,.0f}",
-                "" if place or found["peak_bytes"] is None else f"{found['peak_bytes'] / 1e6:,.0f}",
+                "" if place else Path(found["path"]).name,
                 str(one["batch"]),
                 f"{1e3 * one['first_token']:,.1f}{first}",
                 f"{one['first_token_floor'] / one['first_token']:.0%}",

@@ -70,10 +70,10 @@ def _tasks(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--text {args.text}: of the tasks only {tasks.CONTINUATION} reads it, which --tasks lacks")
     tokenizer = models.open_tokenizer(args.model, args.trust_remote_code)
     documents = None if args.text is None else data.read_documents(args.text, tokenizer)
-    tasks.check(names, documents)
+    chosen = tasks.load(names, documents, 0 if args.seed is None else args.seed)
     model = models.open_model(args.model, args.dtype, args.trust_remote_code)
-    given = {name: getattr(args, name) for name in OF_TASKS if getattr(args, name) is not None}
-    found = tasks.evaluate(model, tokenizer, names, documents=documents, **given)
+    given = {name: getattr(args, name) for name in OF_TASKS if name != "seed" and getattr(args, name) is not None}
+    found = tasks.evaluate(model, tokenizer, chosen, **given)
     text = {} if args.text is None else {"text": str(args.text)}
     return {"model": args.model, **text, **dataclasses.asdict(found)}
 

@@ -70,7 +70,7 @@ def test_two_models_in_turn(
     assert ratio == pytest.approx((2 * block + head) / (block + head))  # bytes: there are few operations at batch 1
     assert main(command) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for figure in ("250.0 (2.00x)", "400.0 (3.00x)", "500.0", "133.3", "10"):
+    for figure in ("250.0 (2.00x)", "400.0 (3.00x)", "500.0", "133.3", "1 MB of weights, 10 MB at the peak"):
         assert figure in shown
 
 

@@ -102,7 +102,7 @@ def test_accuracies_are_those_counted_by_hand(
     model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]], file: Path, batch_size: int
 ) -> None:
     expected = by_hand(model, tokenizer, rows)
-    found = tasks.evaluate(model, tokenizer, [str(file)], batch_size=batch_size)
+    found = tasks.evaluate(model, tokenizer, tasks.load([str(file)]), batch_size=batch_size)
     assert found.asked == ["quiz"] and set(scores(found.scores)) == set(expected)
     for metric, score in scores(found.scores).items():
         share = sum(expected[metric]) / len(rows)
@@ -118,14 +118,14 @@ def test_limit_asks_the_first_and_few_shots_stand_before_each_question(
     model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]], file: Path
 ) -> None:
     expected, prompts = by_hand(model, tokenizer, rows[:10]), set[str]()
-    limited = scores(tasks.evaluate(model, tokenizer, [str(file)], limit=10).scores)["acc"]
+    limited = scores(tasks.evaluate(model, tokenizer, tasks.load([str(file)]), limit=10).scores)["acc"]
     assert (limited.value, limited.samples, limited.available) == (pytest.approx(sum(expected["acc"]) / 10), 10, 40)
 
     def note(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         prompts.update(tokenizer.batch_decode(arguments[0]))
 
     handle = model.register_forward_pre_hook(note)
-    found = tasks.evaluate(model, tokenizer, [str(file)], limit=2, fewshot=3)
+    found = tasks.evaluate(model, tokenizer, tasks.load([str(file)]), limit=2, fewshot=3)
     handle.remove()
     assert scores(found.scores)["acc"].fewshot == 3
     solved = [f"{row['context']} {row['choices'][row['answer']]}" for row in rows]
