@@ -32,9 +32,11 @@ constexpr int kLeftBytes = kTileRows * kStageRowBytes;
 constexpr int kStageBytes = kLeftBytes + kTileColumns * kStageRowBytes;
 constexpr int kProjectStages = 4;
 constexpr int kExpandStages = 3;
-constexpr int kFinishRows = 16;  // Rows per block of project_finish.
+constexpr int kFinishRows = 8;  // Rows per block of project_finish.
 constexpr int kNormaliseColumns = 2048;
 constexpr int kMaxRowsPerBlock = 64;  // Of rms_backward.
+constexpr int kHeldPieces = 4;        // 16-byte pieces of each input that a thread of rms_backward_held holds at most.
+constexpr int kSumThreads = 1024;     // Of sum_rows.
 
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);  // Elements in a 16-byte access.
@@ -292,21 +294,33 @@ template <bool kBackward, int kRows, typename T, typename Value>
 __device__ __forceinline__ void finish_projection(const Project<T>& p, int64_t row_block, int64_t column0,
                                                   float* shared, Value value) {
   const int column = threadIdx.x % kTileColumns;
+  constexpr int kStep = kThreads / kTileColumns, kGroup = 4;  // Rows that a thread has in flight.
+  static_assert(kRows % (kStep * kGroup) == 0);
   const bool inside = column0 + column < p.rank;
   const float v = inside ? p.v[column0 + column] : 0.0f;
   float v_sum = 0.0f;
-  for (int row = threadIdx.x / kTileColumns; row < kRows; row += kThreads / kTileColumns) {
-    const int64_t token = row_block * kRows + row;
-    if (!inside || token >= p.left.rows) continue;
-    const int64_t at = token * p.rank + column0 + column;
-    const float u = value(row, column);
-    if constexpr (kBackward) {
-      p.scaled[at] = from_float<T>(u * v);
-      v_sum += to_float(p.h[at]) * u;
-    } else {
-      const T h = from_float<T>(u);  // What backward will read is what y is made of.
-      p.plain[at] = h;
-      p.scaled[at] = from_float<T>(to_float(h) * v);
+  for (int row0 = threadIdx.x / kTileColumns; row0 < kRows; row0 += kStep * kGroup) {
+    const int64_t first = row_block * kRows + row0;
+    float u[kGroup], before[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const int64_t token = first + i * kStep;
+      const bool exists = inside && token < p.left.rows;
+      u[i] = exists ? value(row0 + i * kStep, column) : 0.0f;
+      if constexpr (kBackward) before[i] = exists ? to_float(p.h[token * p.rank + column0 + column]) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const int64_t token = first + i * kStep, at = token * p.rank + column0 + column;
+      if (!inside || token >= p.left.rows) continue;
+      if constexpr (kBackward) {
+        p.scaled[at] = from_float<T>(u[i] * v);
+        v_sum += before[i] * u[i];
+      } else {
+        const T h = from_float<T>(u[i]);  // What backward will read is what y is made of.
+        p.plain[at] = h;
+        p.scaled[at] = from_float<T>(to_float(h) * v);
+      }
     }
   }
   if constexpr (kBackward) {
@@ -347,7 +361,8 @@ __global__ void __launch_bounds__(kThreads, 2) project(Project<T> p) {
   }
 }
 
-// Adds the splits in order. Bytes: 4 T r per split, from L2. Grid: blocks of 16 rows, blocks of 128 columns.
+// Adds the splits in order. Bytes: 4 T r per split, from L2: little, so that latency is what counts, and a thread asks
+// for all splits of its four rows at once. Grid: blocks of 8 rows, blocks of 128 columns.
 template <typename T, bool kBackward>
 __global__ void __launch_bounds__(kThreads) project_finish(Project<T> p, int splits) {
   PYPRUNE_SHARED_MEMORY(shared);
@@ -355,7 +370,8 @@ __global__ void __launch_bounds__(kThreads) project_finish(Project<T> p, int spl
   const auto value = [&](int row, int column) {
     const float* sums = p.sums + (row0 + row) * p.rank + column0 + column;
     float sum = 0.0f;
-    for (int split = 0; split < splits; ++split) sum += sums[split * p.left.rows * p.rank];
+#pragma unroll 4
+    for (int split = 0; split < splits; ++split) sum += __ldg(sums + split * p.left.rows * p.rank);
     return sum;
   };
   finish_projection<kBackward, kFinishRows>(p, blockIdx.x, column0, reinterpret_cast<float*>(shared), value);
@@ -525,21 +541,25 @@ __global__ void __launch_bounds__(kThreads) scale_rows(Matrix<T> matrix, const f
   if (i < matrix.rows * matrix.columns) out[i] = from_float<T>(scale[i / matrix.columns] * to_float(matrix.data[i]));
 }
 
-// out[c] = sum of parts[:, c], fp32, in a fixed order. Bytes: 4 rows columns. Grid: blocks of 32 columns.
-__global__ void __launch_bounds__(kThreads) sum_rows(Matrix<float> parts, float* out) {
+// out[c] = sum of parts[:, c], fp32, in a fixed order. Bytes: 4 rows columns, a few hundred rows at most: many warps with
+// eight rows each in flight, for latency. Grid: blocks of 32 columns.
+__global__ void __launch_bounds__(kSumThreads) sum_rows(Matrix<float> parts, float* out) {
   PYPRUNE_SHARED_MEMORY(shared);
+  constexpr int kSumWarps = kSumThreads / 32;
   float* sums = reinterpret_cast<float*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane;
   float sum = 0.0f;
   if (column < parts.columns) {
-    for (int64_t row = warp; row < parts.rows; row += kWarps) sum += parts.data[row * parts.columns + column];
+#pragma unroll 8
+    for (int64_t row = warp; row < parts.rows; row += kSumWarps) sum += __ldg(parts.data + row * parts.columns + column);
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (warp != 0 || column >= parts.columns) return;
   sum = 0.0f;
-  for (int i = 0; i < kWarps; ++i) sum += sums[i * 32 + lane];
+#pragma unroll
+  for (int i = 0; i < kSumWarps; ++i) sum += sums[i * 32 + lane];
   out[column] = sum;
 }
 
@@ -555,9 +575,92 @@ struct RmsBackward {
 };
 
 // Bytes: reads grad_residual_out, grad_normed and residual_out, writes grad_residual: 4 T n, the floor, 10 us for
-// T = n = 2048 on an H100. A block's rows are read twice, the second time from L2 (8 rows x 2 x 4 KB): first one warp
-// per row for the mean of a * q, then one thread per 16 bytes of columns down the rows, which makes the column sums of
-// grad_weight private to a thread. Partial sums cost 4 n bytes per block, at most an eighth of a pass.
+// T = n = 2048 on an H100. A thread has the same kPieces pieces of 16 bytes of every row, which keeps the column sums of
+// grad_weight in its registers, and takes two rows at once where n <= 2048 (in 16 bits), one where n <= 8192. They stay
+// in registers while the block adds up the rows' means of a * q, so nothing is read twice; 24 KB in flight per block,
+// two or three blocks per SM, one's loads beside the others' sums. Partial sums cost 4 n bytes per block.
+// For whole, aligned pieces. Shared memory: a float per row and warp, twice, so that one barrier a step is enough.
+// Grid: row blocks.
+template <typename T, int kPieces>
+__global__ void __launch_bounds__(kThreads, kPieces == kHeldPieces ? 1 : 2) rms_backward_held(RmsBackward<T> p) {
+  PYPRUNE_SHARED_MEMORY(shared);
+  using Piece = device::Piece<T, kVector<T>>;
+  constexpr int kRows = kPieces == 1 ? 2 : 1;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * p.rows_per_block;
+  const int rows = clip(row0, p.tokens, p.rows_per_block);
+  const auto column = [](int piece) { return (piece * kThreads + static_cast<int64_t>(threadIdx.x)) * kVector<T>; };
+  Piece weight[kPieces] = {};
+  float sums[kPieces][kVector<T>] = {};
+#pragma unroll
+  for (int piece = 0; piece < kPieces; ++piece) {
+    if (column(piece) < p.columns) weight[piece].load(p.weight + column(piece));
+  }
+
+  for (int row = 0; row < rows; row += kRows) {
+    Piece grad[kRows][kPieces] = {}, input[kRows][kPieces] = {}, out[kRows][kPieces] = {};
+    float rstd[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const bool exists = row + i < rows;
+      rstd[i] = exists ? __ldg(p.rstd + row0 + row + i) : 0.0f;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int64_t at = (row0 + row + i) * p.columns + column(piece);
+        if (!exists || column(piece) >= p.columns) continue;
+        grad[i][piece].load(p.grad_normed + at);
+        input[i][piece].load(p.input + at);
+        out[i][piece].load(p.grad_output + at);
+      }
+    }
+
+    float* parts = reinterpret_cast<float*>(shared) + row / kRows % 2 * (kRows * kWarps);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+#pragma unroll
+        for (int e = 0; e < kVector<T>; ++e) {
+          sum += to_float(weight[piece].elements[e]) * to_float(grad[i][piece].elements[e]) *
+                 to_float(input[i][piece].elements[e]);
+        }
+      }
+      sum = sum_lanes(sum);
+      if (lane == 0) parts[i * kWarps + warp] = sum;
+    }
+    __syncthreads();  // The parts are there, and the other half's, of the step before, are read.
+
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      float mean = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) mean += parts[i * kWarps + w];
+      mean *= rstd[i] / p.columns;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+#pragma unroll
+        for (int e = 0; e < kVector<T>; ++e) {
+          const float g = to_float(grad[i][piece].elements[e]), normal = to_float(input[i][piece].elements[e]) * rstd[i];
+          sums[piece][e] += g * normal;
+          out[i][piece].elements[e] = from_float<T>(to_float(out[i][piece].elements[e]) +
+                                                    rstd[i] * (to_float(weight[piece].elements[e]) * g - normal * mean));
+        }
+        if (row + i < rows && column(piece) < p.columns)
+          out[i][piece].store(p.grad_input + (row0 + row + i) * p.columns + column(piece));
+      }
+    }
+  }
+#pragma unroll
+  for (int piece = 0; piece < kPieces; ++piece) {
+    if (column(piece) >= p.columns) continue;
+#pragma unroll
+    for (int e = 0; e < kVector<T>; ++e) p.weight_sums[blockIdx.x * p.columns + column(piece) + e] = sums[piece][e];
+  }
+}
+
+// The same for rows of any length and alignment. A block's rows are read twice, the second time from L2: first one warp
+// per row for the mean of a * q, then one thread per 16 bytes of columns down the rows.
 // Shared memory: one float per row. Grid: row blocks.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) rms_backward(RmsBackward<T> p) {
@@ -646,7 +749,7 @@ struct ProjectPlan {
 
 int64_t rms_rows_per_block(int64_t tokens, int processors) {
   const int64_t rows = ceil_divide(tokens, 2 * processors);
-  return rows < kWarps ? kWarps : rows > kMaxRowsPerBlock ? kMaxRowsPerBlock : rows;
+  return rows < kWarps ? kWarps : rows > kMaxRowsPerBlock ? kMaxRowsPerBlock : ceil_divide(rows, kHeldPieces) * kHeldPieces;
 }
 
 template <typename T>
@@ -721,7 +824,7 @@ cudaError_t run_expand(const Expand<T>& p, int64_t column_grid, cudaStream_t str
 }
 
 cudaError_t run_sum_rows(const float* parts, int64_t rows, int64_t columns, float* out, cudaStream_t stream) {
-  return launch(sum_rows, dim3(blocks(ceil_divide(columns, 32))), kThreads, kThreads * sizeof(float), stream,
+  return launch(sum_rows, dim3(blocks(ceil_divide(columns, 32))), kSumThreads, kSumThreads * sizeof(float), stream,
                 Matrix<float>{parts, rows, columns}, out);
 }
 
@@ -914,8 +1017,14 @@ int rmsnorm_backward(HsmShape s, int dtype, const void* grad_residual_out, const
     p.columns = s.outputs;
     p.rows_per_block = static_cast<int>(scratch.rows_per_block);
     p.aligned = all_aligned<T>({s.outputs}, {grad_residual_out, grad_normed, residual_out, weight, grad_residual});
+    const int64_t pieces = ceil_divide(s.outputs, kThreads * kVector<T>);  // Of a thread, in each row.
+    const auto kernel = !p.aligned || pieces > kHeldPieces ? rms_backward<T>
+                        : pieces <= 1                      ? rms_backward_held<T, 1>
+                        : pieces <= 2                      ? rms_backward_held<T, 2>
+                                                           : rms_backward_held<T, kHeldPieces>;
+    static_assert(2 * kHeldPieces * kWarps <= kMaxRowsPerBlock);
     const cudaError_t error =
-        launch(rms_backward<T>, dim3(blocks(scratch.row_blocks)), kThreads, kMaxRowsPerBlock * sizeof(float), queue, p);
+        launch(kernel, dim3(blocks(scratch.row_blocks)), kThreads, kMaxRowsPerBlock * sizeof(float), queue, p);
     if (error != cudaSuccess) return error;
     return run_sum_rows(scratch.weight_sums, scratch.row_blocks, s.outputs, grad_weight, queue);
   });

@@ -15,6 +15,7 @@ from pyprune._cuda import CudaKernels
 
 SOURCE = ROOT / "csrc/hsm_fused.cu"
 BUSY = Shape(130, 264, 72, 200)  # Several blocks, pipeline stages and splits in every kernel.
+UNALIGNED = Shape(33, 131, 31, 97)
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
@@ -43,6 +44,17 @@ def test_every_division_of_the_work(emulator: Emulator, launchers: Launchers, pr
     tensors = make_inputs(BUSY, torch.bfloat16)
     with emulator.using(Schedule(processors=processors)):
         check(op, tensors, op.launch(launchers, BUSY, tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4, 5])
+def test_rmsnorm_backward_of_rows_of_any_length(launchers: Launchers, dtype: torch.dtype, pieces: int) -> None:
+    """Rows held by up to four pieces of 16 bytes a thread, and longer ones; the last piece is not full."""
+    op = next(op for op in OPS if op.function == "rmsnorm_backward")
+    width = 256 * 16 // dtype.itemsize
+    shape = Shape(5 if pieces == 1 else 3, pieces * width - 40, 0, pieces * width - 40)
+    tensors = make_inputs(shape, dtype)
+    check(op, tensors, op.launch(launchers, shape, tensors))
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
@@ -94,13 +106,15 @@ def synchronisations() -> list[int]:
 
 
 def all_outputs(emulator: Emulator, launchers: Launchers, tensors: Tensors) -> Tensors:
-    """Every op's outputs on few processors (blocks own rows) and many (splits)."""
+    """Every op's outputs on few processors (blocks own rows) and many (splits), and of the kernel for unaligned rows."""
     results = {}
     for processors in (1, 1000):
         with emulator.using(replace(emulator.schedule, processors=processors)):
             for op in OPS:
                 for name, value in op.launch(launchers, BUSY, tensors).items():
                     results[f"{op}, {name}, {processors} processors"] = value
+    for name, value in OPS[-1].launch(launchers, UNALIGNED, make_inputs(UNALIGNED, torch.bfloat16)).items():
+        results[f"unaligned {name}"] = value
     return results
 
 
