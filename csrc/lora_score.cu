@@ -64,10 +64,10 @@ struct Factors {
 // rows, eight at a time, whose left factors are the right operand: one 16-byte shared load a lane and slot. Of a slot's
 // 16 summed terms the first eight belong to gB (A - gA), the others to B gA, so that Ghat takes three products (high
 // high, high low, low high); B A takes two, with high and low part of A side by side. 64 columns (at one slot) and
-// eight rows cost a warp 20 mma and about 110 other instructions: at 4096 x 4096 on H100 4 us of issuing and 6 of
-// tensor cores, against 12 for the bytes. No barrier but the one after the left factors are there; a thread's next rows
-// of W, 96 bytes in bf16, are under way while it computes: 48 KB an SM at two blocks. With more slots a warp has
-// fewer columns at once, and passes over the rows more often.
+// eight rows cost a warp 20 mma and about 125 other instructions in sm_90a's machine code: at 4096 x 4096 on H100 5 us
+// of issuing and 6 of tensor cores, against 12 for the bytes. No barrier but the one after the left factors are there;
+// a thread's next rows of W, 96 bytes in bf16, are under way while it computes: 48 KB an SM at two blocks. With more
+// slots a warp has fewer columns at once, and passes over the rows more often.
 template <typename T, int kDim, int kSlots>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)  // fp32 weights need more than 128 registers
     lora_score(Factors<T> f, float* partials) {
@@ -86,18 +86,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2)  // fp32 wei
     const int64_t column =
         int64_t{blockIdx.y} * kBlockColumns + (pass * kWarps + warp) * 16 * kBlocks + group * kColumns;
     const bool inside = column < f.inputs;
-    // The lane's columns of rows 2 pair and 2 pair + 1 of every eight.
-    Piece<T, kColumns> ahead[kAhead][2];
+    // The lane's columns of rows 2 pair and 2 pair + 1 of every eight. What does not exist stays as it was, 0 or a
+    // weight of the same column: its factors are 0. Loads do nothing else, since whatever touched their words would
+    // wait.
+    Piece<T, kColumns> ahead[kAhead][2] = {};
+    const T* next = f.weight + (row0 + 2 * pair) * f.inputs + column;
     const auto fetch = [&](Piece<T, kColumns>(&pieces)[2], int step) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = step * kRowsAtOnce + 2 * pair + h;
-        if (inside && row < rows) {
-          pieces[h].load(f.weight + (row0 + row) * f.inputs + column);
-        } else {
-          pieces[h] = {};
-        }
-      }
+      const int row = step * kRowsAtOnce + 2 * pair;
+      if (inside && row < rows) pieces[0].load(next);
+      if (inside && row + 1 < rows) pieces[1].load(next + f.inputs);
+      next += kRowsAtOnce * f.inputs;
     };
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) fetch(ahead[i], i);
