@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from pyprune import evaluation, models, ops, timing
+from pyprune import evaluation, ops, timing
 from pyprune.architectures import describe
 from pyprune.reference.bits import pack_bits
 
@@ -450,6 +450,8 @@ def memory(path: str, load: Load, dtype: str = "auto", trust_remote_code: bool =
 
 
 def _memory(path: str, load: Load, dtype: str, trust_remote_code: bool) -> Memory:
+    from pyprune import models  # with transformers and peft, which the ops need not wait for
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with evaluation.peak_memory(device) as peak:
         model: Any = models.open_model(path, dtype, trust_remote_code)
