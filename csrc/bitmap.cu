@@ -26,12 +26,10 @@ constexpr int kThreads = kTile * kPiecesPerRow / kPieces;   // 256
 constexpr int kAlignment = 8;                               // of a tile's values, in elements
 constexpr size_t kSumsBytes = kThreads / 32 * sizeof(int);  // a sum for each warp
 
-// A dense matrix, and whether its rows are whole pieces on 16-byte boundaries.
 template <typename Pointer>
 struct Dense {
   Pointer data;
   int64_t rows, columns;
-  bool whole;
 };
 
 // A piece of this thread's in its block's tile: the one numbered threadIdx.x + piece * kThreads.
@@ -52,13 +50,16 @@ struct Place {
 
 __device__ __forceinline__ int64_t this_tile() { return blockIdx.y * int64_t{gridDim.x} + blockIdx.x; }
 
-template <typename Bits>
+// kWhole: rows are whole pieces on 16-byte boundaries. Known at compile time, so that one load is not waited for before
+// the next is issued, and so that stores are wide.
+template <bool kWhole, typename Bits>
 __device__ __forceinline__ void load(Piece<Bits, kColumns>& out, const Dense<const Bits*>& dense, int piece) {
   const Place place(piece);
   const int valid = place.valid(dense);
   const Bits* source = dense.data + place.row * dense.columns + place.column;
-  if (dense.whole && valid == kColumns) {
-    out.load(source);
+  if constexpr (kWhole) {
+    out = {};
+    if (valid != 0) out.load(source);
   } else {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) out.elements[i] = i < valid ? source[i] : Bits{0};
@@ -98,24 +99,34 @@ __device__ __forceinline__ void load_bits(unsigned (&bits)[kPieces], const uint8
   for (int p = 0; p < kPieces; ++p) bits[p] = __ldg(bitmap + (this_tile() * kPieces + p) * kThreads + threadIdx.x);
 }
 
-// Copies `count` elements, a multiple of kAlignment, between shared and global memory, the whole block at it.
+// Copies `count` elements, a multiple of kAlignment and at most a tile, between shared and global memory, the whole
+// block at it.
 template <typename Bits>
 __device__ __forceinline__ void copy_values(Bits* target, const Bits* source, int count, bool wide) {
-  constexpr int kWide = 16 / sizeof(Bits);
+  constexpr int kWide = 16 / sizeof(Bits), kMost = kTile * kTile / kWide / kThreads;
   if (wide) {
-    for (int i = threadIdx.x; i < count / kWide; i += kThreads) {
-      reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(source)[i];
+    uint4 words[kMost];
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const int place = i * kThreads + threadIdx.x;
+      if (place < count / kWide) words[i] = reinterpret_cast<const uint4*>(source)[place];
+    }
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const int place = i * kThreads + threadIdx.x;
+      if (place < count / kWide) reinterpret_cast<uint4*>(target)[place] = words[i];
     }
   } else {
+#pragma unroll 1
     for (int i = threadIdx.x; i < count; i += kThreads) target[i] = source[i];
   }
 }
 
-template <typename Bits>
+template <bool kWhole, typename Bits>
 __global__ void __launch_bounds__(kThreads) scan(Dense<const Bits*> weight, uint8_t* bitmap, int64_t* offsets) {
   Piece<Bits, kColumns> pieces[kPieces];
 #pragma unroll
-  for (int p = 0; p < kPieces; ++p) load(pieces[p], weight, p);
+  for (int p = 0; p < kPieces; ++p) load<kWhole>(pieces[p], weight, p);
   unsigned bits[kPieces] = {};
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) {
@@ -129,14 +140,14 @@ __global__ void __launch_bounds__(kThreads) scan(Dense<const Bits*> weight, uint
   if (threadIdx.x == 0 && this_tile() == 0) offsets[0] = 0;
 }
 
-template <typename Bits>
+template <bool kWhole, typename Bits>
 __global__ void __launch_bounds__(kThreads)
     pack(Dense<const Bits*> weight, const uint8_t* bitmap, const int64_t* offsets, Bits* values, bool wide) {
   unsigned bits[kPieces];
   load_bits(bits, bitmap);
   Piece<Bits, kColumns> pieces[kPieces];
 #pragma unroll
-  for (int p = 0; p < kPieces; ++p) load(pieces[p], weight, p);
+  for (int p = 0; p < kPieces; ++p) load<kWhole>(pieces[p], weight, p);
   Bits* staged = staged_values<Bits>();
   int first[kPieces];
   const int total = first_values(bits, first);
@@ -153,7 +164,7 @@ __global__ void __launch_bounds__(kThreads)
   copy_values(values + offsets[this_tile()], staged, count, wide);
 }
 
-template <typename Bits>
+template <bool kWhole, typename Bits>
 __global__ void __launch_bounds__(kThreads)
     unpack(const Bits* values, const uint8_t* bitmap, const int64_t* offsets, Dense<Bits*> weight, bool wide) {
   unsigned bits[kPieces];
@@ -168,15 +179,24 @@ __global__ void __launch_bounds__(kThreads)
     Piece<Bits, kColumns> piece;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      piece.elements[i] = Bits{0};
-      if (bits[p] >> i & 1) piece.elements[i] = staged[first[p]++];
+      const Bits value = staged[first[p]];  // read whether it is this column's or not
+      const bool kept = bits[p] >> i & 1;
+      piece.elements[i] = kept ? value : Bits{0};
+      first[p] += kept;
     }
     const Place place(p);
     const int valid = place.valid(weight);
-    Bits* target = weight.data + place.row * weight.columns + place.column;
-    if (weight.whole && valid == kColumns) {
-      piece.store(target);
+    if constexpr (kWhole) {
+      // Counted in 16-byte words from a pointer to such: from one to elements the compiler stores four bytes at a time.
+      constexpr int kWords = kColumns * sizeof(Bits) / 16;
+      auto* words = reinterpret_cast<uint4*>(weight.data);
+      const int64_t begin = (place.row * (weight.columns / kColumns) + place.column / kColumns) * kWords;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        if (valid != 0) words[begin + i] = piece.words[i];
+      }
     } else {
+      Bits* target = weight.data + place.row * weight.columns + place.column;
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
         if (i < valid) target[i] = piece.elements[i];
@@ -185,10 +205,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename Pointer>
-Dense<Pointer> dense(Pointer data, int64_t rows, int64_t columns) {
-  return {data, rows, columns, columns % kColumns == 0 && aligned(data, 16)};
-}
+bool whole(int64_t columns, const void* weight) { return columns % kColumns == 0 && aligned(weight, 16); }
 
 // A block to every tile.
 template <typename Kernel, typename... Arguments>
@@ -208,8 +225,8 @@ int bitmap_scan(int64_t rows, int64_t columns, int dtype, const void* weight, ui
   if (!valid(rows, columns)) return cudaErrorInvalidValue;
   return with_bits(dtype, [&](auto zero) -> int {
     using Bits = decltype(zero);
-    return launch_tiles(scan<Bits>, rows, columns, 0, stream, dense(static_cast<const Bits*>(weight), rows, columns),
-                        bitmap, offsets);
+    return launch_tiles(whole(columns, weight) ? scan<true, Bits> : scan<false, Bits>, rows, columns, 0, stream,
+                        Dense<const Bits*>{static_cast<const Bits*>(weight), rows, columns}, bitmap, offsets);
   });
 }
 
@@ -218,8 +235,8 @@ int bitmap_pack(int64_t rows, int64_t columns, int dtype, const void* weight, co
   if (!valid(rows, columns)) return cudaErrorInvalidValue;
   return with_bits(dtype, [&](auto zero) -> int {
     using Bits = decltype(zero);
-    return launch_tiles(pack<Bits>, rows, columns, sizeof(Bits), stream,
-                        dense(static_cast<const Bits*>(weight), rows, columns), bitmap, offsets,
+    return launch_tiles(whole(columns, weight) ? pack<true, Bits> : pack<false, Bits>, rows, columns, sizeof(Bits),
+                        stream, Dense<const Bits*>{static_cast<const Bits*>(weight), rows, columns}, bitmap, offsets,
                         static_cast<Bits*>(values), aligned(values, 16));
   });
 }
@@ -229,8 +246,9 @@ int bitmap_unpack(int64_t rows, int64_t columns, int dtype, const void* values, 
   if (!valid(rows, columns)) return cudaErrorInvalidValue;
   return with_bits(dtype, [&](auto zero) -> int {
     using Bits = decltype(zero);
-    return launch_tiles(unpack<Bits>, rows, columns, sizeof(Bits), stream, static_cast<const Bits*>(values), bitmap,
-                        offsets, dense(static_cast<Bits*>(weight), rows, columns), aligned(values, 16));
+    return launch_tiles(whole(columns, weight) ? unpack<true, Bits> : unpack<false, Bits>, rows, columns, sizeof(Bits),
+                        stream, static_cast<const Bits*>(values), bitmap, offsets,
+                        Dense<Bits*>{static_cast<Bits*>(weight), rows, columns}, aligned(values, 16));
   });
 }
 
