@@ -176,11 +176,11 @@ class Product(NamedTuple):
     op: str  # nm_linear or bitmap_linear
     dtype: torch.dtype
     tensor_cores: bool
-    splits: int
+    blocks: int
 
     def __str__(self) -> str:
         kernel = "tensor cores" if self.tensor_cores else "plain"
-        return f"{self.op}, {str(self.dtype).removeprefix('torch.')}, {kernel}, {self.splits} splits"
+        return f"{self.op}, {str(self.dtype).removeprefix('torch.')}, {kernel}, {self.blocks} blocks"
 
     def inputs(self, shape: Shape, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
         """x, the dense weight, its packed parts, the bias."""
@@ -204,15 +204,17 @@ class Product(NamedTuple):
         operands = [launchers.copy(tensor) for name, tensor in t.items() if name not in ("weight", "bias")]
         offset = launchers.copy(t["bias"]) if bias else None
         y = poisoned(launchers, tokens, outputs, dtype=self.dtype)
-        partial = poisoned(launchers, self.splits, tokens, outputs, dtype=torch.float32)
+        partial = poisoned(launchers, 2 * self.blocks, min(tokens, 64), 64, dtype=torch.float32)
+        tickets = launchers.copy(torch.zeros(-(-outputs // 64) * -(-tokens // 4), dtype=torch.int64))
         getattr(launchers.cuda, self.op)(
             shape,
             self.tensor_cores,
-            self.splits,
+            self.blocks,
             DTYPE_CODES[self.dtype],
-            *addresses(*operands, offset, y, partial if self.splits > 1 else None),
+            *addresses(*operands, offset, y, partial, tickets),
             launchers.stream(),
         )
+        assert not tickets.any(), f"{self}: tickets are left"
         return y.cpu().clone()
 
     def check(self, t: dict[str, Tensor], result: Tensor, bias: bool = True) -> None:
@@ -235,10 +237,10 @@ class Product(NamedTuple):
 
 
 PRODUCTS = tuple(
-    Product(op, dtype, tensor_cores, splits)
+    Product(op, dtype, tensor_cores, blocks)
     for op in ("nm_linear", "bitmap_linear")
     for dtype in DTYPES
     for tensor_cores in (False, True)
-    for splits in (1, 2)
+    for blocks in (1, 5)
     if not (tensor_cores and dtype == torch.float32)
 )
