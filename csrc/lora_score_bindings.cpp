@@ -14,13 +14,13 @@ namespace {
 #ifdef PYPRUNE_WITH_CPU
 
 void bind_cpu(py::module_& m) {
+  m.attr("LORA_SCORE_STRIP") = kLoraScoreStrip;
   m.def(
       "lora_group_score",
-      [](int dtype, int64_t outputs, int64_t inputs, int64_t rank, float scale, int dim, Address weight, Address a,
-         Address b, Address difference, Address grad_a, Address grad_b, int64_t blocks, Address out, int threads) {
-        kernels().group_score(DType(dtype), outputs, inputs, rank, scale, dim, pointer(weight), pointer<float>(a),
-                              pointer<float>(b), pointer<float>(difference), pointer<float>(grad_a),
-                              pointer<float>(grad_b), blocks, pointer<float>(out), threads);
+      [](int dtype, int64_t outputs, int64_t inputs, int64_t rank, int dim, Address weight, Address factors,
+         Address pairs, int64_t blocks, Address out, int threads) {
+        kernels().group_score(DType(dtype), outputs, inputs, rank, dim, pointer(weight), pointer<float>(factors),
+                              pointer<float>(pairs), blocks, pointer<float>(out), threads);
       },
       ReleaseGil());
 }

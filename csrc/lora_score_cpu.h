@@ -7,15 +7,18 @@
 
 namespace pyprune {
 
+// Columns whose factors stand together.
+constexpr int kLoraScoreStrip = 128;
+
 // One instruction set's build of the kernels.
 struct LoraScoreCpuKernels {
-  // Sums of |Ghat * (W + scale B A)| that leave dimension `dim`. weight [outputs, inputs] of `dtype`; a, grad_a and
-  // difference = A - gA [rank, inputs], b, grad_b [outputs, rank]. Rows are shared out in `blocks` ranges.
+  // Sums of |Ghat * (W + scale B A)| that leave dimension `dim`. weight [outputs, inputs] of `dtype`; factors
+  // [ceil(inputs / strip), rank, 3, strip] = A - gA, gA and scale A, strip columns at a time and zeros past the last;
+  // pairs [outputs, rank, 2] = B and gB. Rows are shared out in `blocks` ranges.
   //   dim 0: out [outputs];   dim 1: out [blocks, inputs], partial rows which the caller adds
   // Overwritten; bitwise the same for any number of threads. Any size may be zero. Arithmetic is fp32.
-  void (*group_score)(DType dtype, int64_t outputs, int64_t inputs, int64_t rank, float scale, int dim,
-                      const void* weight, const float* a, const float* b, const float* difference, const float* grad_a,
-                      const float* grad_b, int64_t blocks, float* out, int threads);
+  void (*group_score)(DType dtype, int64_t outputs, int64_t inputs, int64_t rank, int dim, const void* weight,
+                      const float* factors, const float* pairs, int64_t blocks, float* out, int threads);
 };
 
 }  // namespace pyprune
