@@ -114,6 +114,39 @@ inline Halves select_halves(uint64_t word, const void* values) {
 }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define PYPRUNE_EIGHTS
+inline __m256 widen(__m128i eight, bfloat16) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
+}
+inline __m256 widen(__m128i eight, float16) { return _mm256_cvtph_ps(eight); }
+
+inline __m128i load_eight(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+
+// Calls use(place, eight elements in fp32) for the 64 that expand_word would write. Returns how many values were taken.
+template <typename T, typename Use>
+inline int expand_eights(uint64_t word, const T* values, Use use) {
+  int taken = 0;
+  for (int j = 0; j < kWord; j += 8) {
+    const int subset = static_cast<int>(word >> j & 0xff);
+    use(j, widen(_mm_shuffle_epi8(load_eight(values + taken), load_eight(kExpand.bytes[subset])), T{}));
+    taken += ones(subset);
+  }
+  return taken;
+}
+
+// The same for the elements that select_word would write.
+template <typename T, typename Use>
+inline void select_eights(uint64_t word, const T* in, Use use) {
+  const __m256i places = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  for (int j = 0; j < kWord; j += 8) {
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(word >> j & 0xff)), places);
+    const __m256 keep = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, places));
+    use(j, _mm256_and_ps(widen(load_eight(in + j), T{}), keep));
+  }
+}
+#endif
+
 template <typename T>
 struct BitmapSource {
   static constexpr int kRows = kWord, kWords = 1;
@@ -139,6 +172,13 @@ struct BitmapSource {
     }
 
     void take(int i, int, T* out) { packed += expand_word(words[i], packed, out); }
+
+#if defined(PYPRUNE_EIGHTS)
+    template <typename Use>
+    void take_eights(int i, int, Use use) {
+      packed += expand_eights(words[i], packed, use);
+    }
+#endif
 
 #if defined(__AVX512VBMI2__)
     Halves take(int i, int) {
@@ -225,6 +265,14 @@ struct NmSource {
       expand_word(words[i][w], advance(i, w, tail), out);
     }
 
+#if defined(PYPRUNE_EIGHTS)
+    template <typename Use>
+    void take_eights(int i, int w, Use use) {
+      T tail[2 * kWord];
+      expand_eights(words[i][w], advance(i, w, tail), use);
+    }
+#endif
+
 #if defined(__AVX512VBMI2__)
     Halves take(int i, int w) {
       T tail[2 * kWord];
@@ -290,6 +338,19 @@ struct DenseSource {
         for (int j = 0; j < kWord; ++j) out[j] = word >> j & 1 ? start[j] : T{};
       }
     }
+
+#if defined(PYPRUNE_EIGHTS)
+    template <typename Use>
+    void take_eights(int i, int w, Use use) const {
+      T tail[kWord];
+      const T* start = starts[i] + columns[w];
+      if (widths[w] < kWord) {
+        take(i, w, tail);
+        start = tail;
+      }
+      select_eights(bits(i, w), start, use);
+    }
+#endif
 
 #if defined(__AVX512VBMI2__)
     // A masked load reads nothing where the mask is 0.
@@ -357,6 +418,31 @@ inline void dot_chunk(typename Source::Walk& walk, const bfloat16* x, int64_t st
     }
     for (int r = 0; r < kAtATime; ++r) {
       for (int t = 0; t < kTokens; ++t) store(sums + ((i + r) * kTokens + t) * kLanes, values[r][t]);
+    }
+  }
+}
+#endif
+
+#if defined(PYPRUNE_EIGHTS)
+// The same for 16-bit elements and fp32 sums, a row and eight elements at a time.
+template <int kTokens, typename Source>
+inline void dot_chunk(typename Source::Walk& walk, const float* x, int64_t stride, float* sums) {
+  constexpr int kChains = kTokens == 1 ? 4 : kTokens == 2 ? 2 : 1;  // of multiply-adds that wait for each other
+  walk.next();
+  for (int i = 0; i < Source::kRows; ++i) {
+    Vector values[kTokens][kChains] = {};
+    for (int t = 0; t < kTokens; ++t) values[t][0] = load(sums + (i * kTokens + t) * kLanes);
+    for (int w = 0; w < Source::kWords; ++w) {
+      walk.take_eights(i, w, [&](int j, __m256 weights) {
+        for (int t = 0; t < kTokens; ++t) {
+          Vector& value = values[t][j / 8 % kChains];
+          value = multiply_add((Vector)weights, load(x + t * stride + w * kWord + j), value);
+        }
+      });
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      for (int c = 1; c < kChains; ++c) values[t][0] += values[t][c];
+      store(sums + (i * kTokens + t) * kLanes, values[t][0]);
     }
   }
 }
@@ -460,8 +546,8 @@ void few_tokens(const Source& source, const E* x, int64_t stride, int64_t tokens
     typename Source::Walk walk(source, block);
     for (int64_t chunk = 0; chunk < source.chunks; ++chunk) {
       const E* part = x + chunk * kColumns;
-#if defined(__AVX512BF16__)
-      if constexpr (sizeof(E) == 2) {
+#if defined(__AVX512BF16__) || defined(PYPRUNE_EIGHTS)
+      if constexpr (sizeof(T) == 2 && (sizeof(E) == 2 || kLanes == 8)) {
         dot_chunk<kTokens, Source>(walk, part, stride, sums);
         continue;
       }
