@@ -190,19 +190,26 @@ struct BitmapSource {
   };
 };
 
-// The sources with whole rows take 16 at a time, because each row is a stream of its own, and longer pieces of them.
-constexpr int kLongRows = 16, kLongWords = 4;
+// The sources with whole rows take few at a time, because each row is a stream of its own, and longer pieces of them:
+// kManyRows where tokens are many and the products bound them, and where they are few so many as measured best. More
+// than four are streams that the processor does not foresee.
+constexpr int kLongWords = 4, kManyRows = 16, kDenseRows = 4;
+#if defined(__AVX512F__)
+constexpr int kNmRows = 16;
+#else
+constexpr int kNmRows = 4;
+#endif
 
-// Sixteen streams are more than the processor foresees: asks for what a row needs a chunk after the next.
-template <typename T>
-inline void fetch_ahead(const T* row, int64_t elements) {
-  const char* ahead = reinterpret_cast<const char*>(row + 2 * elements);
-  for (size_t byte = 0; byte < elements * sizeof(T); byte += 64) __builtin_prefetch(ahead + byte);
+// Asks for what a row needs later, `bytes` of it. Into the second-level cache: the first level has few requests at a
+// time. Called for each piece as it is used, since requests in a bunch hold up the loads behind them.
+inline void fetch_ahead(const void* row, int bytes) {
+  const char* ahead = static_cast<const char*>(row) + 2048;
+  for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
 }
 
-template <typename T>
+template <typename T, int kRows_>
 struct NmSource {
-  static constexpr int kRows = kLongRows, kWords = kLongWords;
+  static constexpr int kRows = kRows_, kWords = kLongWords;
   const T* values;
   const uint8_t* metadata;
   int64_t rows, columns;
@@ -233,8 +240,7 @@ struct NmSource {
     void next() {
       column += kWord * kWords;
       for (int i = 0; i < present; ++i) {
-        fetch_ahead(packed[i], kWord * kWords / from.m * from.n);
-        fetch_ahead(cursors[i].metadata + column / 8, kWord * kWords / 8);
+        fetch_ahead(cursors[i].metadata + column / 8, 1);
         if (from.n == 2 && from.m == 4) {
           next_pairs(cursors[i].metadata, words[i]);
         } else {
@@ -257,6 +263,7 @@ struct NmSource {
       const int count = ones(words[i][w]);
       const T* source = packed[i];
       packed[i] += count;
+      fetch_ahead(source, kWord / 2 * sizeof(T));
       return end - source >= kWord ? source : readable(source, 0, count, end - source, tail);
     }
 
@@ -284,13 +291,17 @@ struct NmSource {
 
 // A dense weight: all of it, under a mask, or some rows and some words of 64 columns.
 template <typename T>
-struct DenseSource {
-  static constexpr int kRows = kLongRows, kWords = kLongWords;
+struct DenseWeight {
   const T* weight;
   const uint8_t* mask;       // null: none
   const int64_t* out_index;  // null: all rows
   const int64_t* used;       // the columns / 64 that are used, null: all
   int64_t rows, columns, used_words;
+};
+
+template <typename T, int kRows_>
+struct DenseSource : DenseWeight<T> {
+  static constexpr int kRows = kRows_, kWords = kLongWords;
   int64_t chunks;
 
   struct Walk {
@@ -316,10 +327,12 @@ struct DenseSource {
         columns[w] = is_used ? (from.used ? from.used[chunk] : chunk) * kWord : 0;
         widths[w] = is_used ? static_cast<int>(smaller(kWord, from.columns - columns[w])) : 0;
       }
-      for (int i = 0; i < kRows; ++i) {
-        fetch_ahead(starts[i] + columns[0], kWord * kWords);
-        if (from.mask) fetch_ahead(masks[i] + columns[0] / 8, kWord * kWords / 8);
-      }
+    }
+
+    const T* start(int i, int w) const {
+      const T* place = starts[i] + columns[w];
+      fetch_ahead(place, kWord * sizeof(T));
+      return place;
     }
 
     // The elements of a word that exist and count.
@@ -330,12 +343,12 @@ struct DenseSource {
     }
 
     void take(int i, int w, T* out) const {
-      const T* start = starts[i] + columns[w];
+      const T* in = start(i, w);
       const uint64_t word = bits(i, w);
       if (widths[w] == kWord) {
-        select_word(word, start, out);
+        select_word(word, in, out);
       } else {
-        for (int j = 0; j < kWord; ++j) out[j] = word >> j & 1 ? start[j] : T{};
+        for (int j = 0; j < kWord; ++j) out[j] = word >> j & 1 ? in[j] : T{};
       }
     }
 
@@ -343,18 +356,18 @@ struct DenseSource {
     template <typename Use>
     void take_eights(int i, int w, Use use) const {
       T tail[kWord];
-      const T* start = starts[i] + columns[w];
+      const T* in = start(i, w);
       if (widths[w] < kWord) {
         take(i, w, tail);
-        start = tail;
+        in = tail;
       }
-      select_eights(bits(i, w), start, use);
+      select_eights(bits(i, w), in, use);
     }
 #endif
 
 #if defined(__AVX512VBMI2__)
     // A masked load reads nothing where the mask is 0.
-    Halves take(int i, int w) const { return select_halves(bits(i, w), starts[i] + columns[w]); }
+    Halves take(int i, int w) const { return select_halves(bits(i, w), start(i, w)); }
 #endif
   };
 };
@@ -584,24 +597,32 @@ void many_tokens(const Source& source, const E* x, int64_t first, int64_t tokens
   }
 }
 
+// The product for up to kDotTokens tokens, x [tokens,inputs] packed into `workspace`.
 template <typename T, typename Source>
-void linear(const Source& source, int64_t tokens, int64_t inputs, const void* x_, const int64_t* places,
-            const Output& out, void* workspace, int threads) {
+void linear_few(const Source& source, int64_t tokens, int64_t inputs, const void* x, const int64_t* places,
+                const Output& out, void* workspace, int threads) {
+  using E = typename Panel<T>::Element;
+  E* packed = static_cast<E*>(workspace);
+  const int64_t columns = source.chunks * Source::kWords * kWord;
+  const int64_t padded = tokens <= 2 ? tokens : tokens <= 4 ? 4 : kDotTokens;
+  pack_x(static_cast<const T*>(x), tokens, padded, inputs, places, columns, packed, false, threads);
+  switch (padded) {
+    case 1: return few_tokens<T, 1>(source, packed, columns, tokens, out, threads);
+    case 2: return few_tokens<T, 2>(source, packed, columns, tokens, out, threads);
+    case 4: return few_tokens<T, 4>(source, packed, columns, tokens, out, threads);
+    case kDotTokens: return few_tokens<T, kDotTokens>(source, packed, columns, tokens, out, threads);
+    default: return;
+  }
+}
+
+// The same for more.
+template <typename T, typename Source>
+void linear_many(const Source& source, int64_t tokens, int64_t inputs, const void* x_, const int64_t* places,
+                 const Output& out, void* workspace, int threads) {
   using E = typename Panel<T>::Element;
   const T* x = static_cast<const T*>(x_);
   E* packed = static_cast<E*>(workspace);
   const int64_t columns = source.chunks * Source::kWords * kWord;
-  if (tokens <= kDotTokens) {
-    const int64_t padded = tokens <= 2 ? tokens : tokens <= 4 ? 4 : kDotTokens;
-    pack_x(x, tokens, padded, inputs, places, columns, packed, false, threads);
-    switch (padded) {
-      case 1: return few_tokens<T, 1>(source, packed, columns, tokens, out, threads);
-      case 2: return few_tokens<T, 2>(source, packed, columns, tokens, out, threads);
-      case 4: return few_tokens<T, 4>(source, packed, columns, tokens, out, threads);
-      case kDotTokens: return few_tokens<T, kDotTokens>(source, packed, columns, tokens, out, threads);
-      default: return;
-    }
-  }
   for (int64_t first = 0; first < tokens; first += kMaxTokens) {
     const int64_t count = smaller(kMaxTokens, tokens - first), blocks = ceil_div(count, kTokenBlock);
     pack_x(x + first * inputs, count, blocks * kTokenBlock, inputs, places, columns, packed, true, threads);
@@ -623,29 +644,43 @@ void bitmap_linear(int64_t tokens, int64_t out_features, int64_t in_features, co
                    void* workspace, int threads) {
   const BitmapSource<T> source{static_cast<const T*>(values), values_size, bitmap, offsets,
                                ceil_div(in_features, kWord)};
-  linear<T>(source, tokens, in_features, x, nullptr, {out_features, bias, nullptr, y}, workspace, threads);
+  const Output out{out_features, bias, nullptr, y};
+  if (tokens <= kDotTokens) return linear_few<T>(source, tokens, in_features, x, nullptr, out, workspace, threads);
+  linear_many<T>(source, tokens, in_features, x, nullptr, out, workspace, threads);
 }
 
 template <typename T>
 void nm_linear(int64_t tokens, int64_t out_features, int64_t in_features, int n, int m, const void* x,
                const void* values, const uint8_t* metadata, const void* bias, void* y, void* workspace, int threads) {
-  const NmSource<T> source{static_cast<const T*>(values),
-                           metadata,
-                           out_features,
-                           in_features,
-                           n,
-                           m,
-                           long_chunks(ceil_div(in_features, kWord))};
-  linear<T>(source, tokens, in_features, x, nullptr, {out_features, bias, nullptr, y}, workspace, threads);
+  const int64_t chunks = long_chunks(ceil_div(in_features, kWord));
+  const Output out{out_features, bias, nullptr, y};
+  const T* packed = static_cast<const T*>(values);
+  if (tokens <= kDotTokens) {
+    const NmSource<T, kNmRows> source{packed, metadata, out_features, in_features, n, m, chunks};
+    return linear_few<T>(source, tokens, in_features, x, nullptr, out, workspace, threads);
+  }
+  const NmSource<T, kManyRows> source{packed, metadata, out_features, in_features, n, m, chunks};
+  linear_many<T>(source, tokens, in_features, x, nullptr, out, workspace, threads);
+}
+
+template <typename T>
+void dense_linear(const DenseWeight<T>& weight, int64_t tokens, int64_t inputs, const void* x, const int64_t* places,
+                  const Output& out, void* workspace, int threads) {
+  const int64_t chunks = long_chunks(weight.used_words);
+  if (tokens <= kDotTokens) {
+    const DenseSource<T, kDenseRows> source{weight, chunks};
+    return linear_few<T>(source, tokens, inputs, x, places, out, workspace, threads);
+  }
+  const DenseSource<T, kManyRows> source{weight, chunks};
+  linear_many<T>(source, tokens, inputs, x, places, out, workspace, threads);
 }
 
 template <typename T>
 void masked_linear(int64_t tokens, int64_t out_features, int64_t in_features, const void* x, const void* weight,
                    const uint8_t* mask, const void* bias, void* y, void* workspace, int threads) {
-  const int64_t words = ceil_div(in_features, kWord);
-  const DenseSource<T> source{
-      static_cast<const T*>(weight), mask, nullptr, nullptr, out_features, in_features, words, long_chunks(words)};
-  linear<T>(source, tokens, in_features, x, nullptr, {out_features, bias, nullptr, y}, workspace, threads);
+  const DenseWeight<T> masked{static_cast<const T*>(weight), mask, nullptr, nullptr, out_features, in_features,
+                              ceil_div(in_features, kWord)};
+  dense_linear(masked, tokens, in_features, x, nullptr, {out_features, bias, nullptr, y}, workspace, threads);
 }
 
 // Which words of 64 columns hold one of in_index [inputs] (rising), and for every column of those words its place in
@@ -676,19 +711,17 @@ template <typename T>
 void gathered_linear(int64_t tokens, int64_t outputs, int64_t inputs, int64_t in_features, const void* x,
                      const void* weight, const int64_t* in_index, const int64_t* out_index, const void* bias, void* y,
                      void* workspace, int threads) {
-  const int64_t all = ceil_div(in_features, kWord);
-  DenseSource<T> source{
-      static_cast<const T*>(weight), nullptr, out_index, nullptr, outputs, in_features, all, long_chunks(all)};
+  DenseWeight<T> part{static_cast<const T*>(weight), nullptr, out_index, nullptr, outputs, in_features,
+                      ceil_div(in_features, kWord)};
   int64_t* places = nullptr;
   if (in_index) {
     places = static_cast<int64_t*>(workspace);
     int64_t* words = places + padded_columns(in_features);
     workspace = words + ceil_div(in_features, kWord * 8) * 8;  // x stays aligned
-    source.used_words = place_columns(in_index, inputs, words, places);
-    source.used = words;
-    source.chunks = long_chunks(source.used_words);
+    part.used_words = place_columns(in_index, inputs, words, places);
+    part.used = words;
   }
-  linear<T>(source, tokens, inputs, x, places, {outputs, bias, out_index, y}, workspace, threads);
+  dense_linear(part, tokens, inputs, x, places, {outputs, bias, out_index, y}, workspace, threads);
 }
 
 int64_t workspace(int64_t tokens, int64_t in_features) {

@@ -1,12 +1,14 @@
 """The `sparse_gemm` family: csrc/sparse_gemm_cpu.h for few tokens, expanded rows and torch's product for more.
 
 Expanding costs one pass over the weight, whatever the number of tokens; torch's products (oneDNN) run faster than the
-kernels where they are bound by arithmetic. `FEW_TOKENS` is where the two cross, measured: docs/kernels.md.
+kernels where they are bound by arithmetic. `FEW_TOKENS` is where the two cross, measured: docs/kernels.md. Where torch
+has only plain loops for a 16-bit type (bf16 without AVX-512, for one), rows are expanded to fp32 and multiplied so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,10 +19,25 @@ from pyprune._cpu.common import DTYPE_CODES, address
 from pyprune._cpu.nm import Nm
 
 FEW_TOKENS = {torch.bfloat16: 64, torch.float16: 16, torch.float32: 16}
-"""The most tokens for which the kernels run."""
+"""The most tokens for which the kernels run, by the dtype that torch would multiply in."""
 BLOCK_BYTES = 4 * 1024 * 1024
 """Rows that are expanded at a time: they stay in the cache until torch has multiplied by them."""
 ROWS_OF_TILES = 64
+
+
+@cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What torch multiplies matrices of `dtype` in: itself, or fp32 where it is several times as fast."""
+    checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype not in checks:
+        return dtype
+    supported = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, checks[dtype])()
+    return dtype if supported else torch.float32
+
+
+def few_tokens(dtype: torch.dtype) -> int:
+    """The most tokens for which the kernels run on a weight of `dtype`."""
+    return FEW_TOKENS[product_dtype(dtype)]
 
 
 class SparseGemm(Bitmap, Nm):
@@ -36,7 +53,7 @@ class SparseGemm(Bitmap, Nm):
         out_features: int,
         in_features: int,
     ) -> Tensor:
-        if len(x) > FEW_TOKENS[x.dtype]:
+        if len(x) > few_tokens(x.dtype):
 
             def expand(first: int, rows: Tensor) -> None:
                 self._unpack_rows(values, bitmap, offsets, first // ROWS_OF_TILES, rows)
@@ -61,7 +78,7 @@ class SparseGemm(Bitmap, Nm):
         return y
 
     def nm_linear(self, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-        if len(x) > FEW_TOKENS[x.dtype]:
+        if len(x) > few_tokens(x.dtype):
 
             def expand(first: int, rows: Tensor) -> None:
                 part = slice(first, first + len(rows))
@@ -87,7 +104,7 @@ class SparseGemm(Bitmap, Nm):
         return y
 
     def masked_linear(self, x: Tensor, weight: Tensor, mask_bits: Tensor, bias: Tensor | None) -> Tensor:
-        if len(x) > FEW_TOKENS[x.dtype]:
+        if len(x) > few_tokens(x.dtype):
 
             def expand(first: int, rows: Tensor) -> None:
                 part = slice(first, first + len(rows))
@@ -115,7 +132,7 @@ class SparseGemm(Bitmap, Nm):
     def gathered_linear(
         self, x: Tensor, weight: Tensor, in_index: Tensor | None, out_index: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        if len(x) > FEW_TOKENS[x.dtype] or (in_index is None and out_index is None):
+        if len(x) > few_tokens(x.dtype) or (in_index is None and out_index is None):
             kept = weight if out_index is None else weight.index_select(0, out_index)
             kept_bias = bias if bias is None or out_index is None else bias.index_select(0, out_index)
             return linear(x, kept if in_index is None else kept.index_select(1, in_index), kept_bias)
@@ -148,13 +165,18 @@ def _expanded_linear(
     x: Tensor, bias: Tensor | None, out_features: int, expand: Callable[[int, Tensor], None]
 ) -> Tensor:
     """x W^T + bias a block of rows of W at a time; `expand(first, rows)` fills `rows` [rows, in] with those of W."""
-    row_bytes = max(1, x.shape[1]) * x.element_size()
+    dtype = product_dtype(x.dtype)
+    row_bytes = max(1, x.shape[1]) * dtype.itemsize
     step = max(ROWS_OF_TILES, BLOCK_BYTES // row_bytes // ROWS_OF_TILES * ROWS_OF_TILES)
     buffer = x.new_empty(min(step, out_features), x.shape[1])
+    wide = buffer if dtype == x.dtype else torch.empty_like(buffer, dtype=dtype)
     y = x.new_empty(len(x), out_features)
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     for first in range(0, out_features, step):
-        rows = buffer[: out_features - first]
+        rows, multiplied = buffer[: out_features - first], wide[: out_features - first]
         part = slice(first, first + len(rows))
         expand(first, rows)
-        y[:, part] = linear(x, rows, None if bias is None else bias[part])
+        if wide is not buffer:
+            multiplied.copy_(rows)
+        y[:, part] = linear(x, multiplied, None if bias is None else bias[part])
     return y
