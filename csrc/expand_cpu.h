@@ -53,6 +53,20 @@ struct ExpandTable {
 constexpr ExpandTable kExpand;
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The same for elements of 32 bits: which of eight packed ones goes to each place, negative for none.
+struct WideExpandTable {
+  alignas(8) int8_t packed[256][8];
+  constexpr WideExpandTable() : packed() {
+    for (int subset = 0; subset < 256; ++subset) {
+      int8_t rank = 0;
+      for (int place = 0; place < 8; ++place) packed[subset][place] = subset >> place & 1 ? rank++ : int8_t{-1};
+    }
+  }
+};
+constexpr WideExpandTable kWideExpand;
+#endif
+
 #if defined(__AVX512VBMI2__)
 // The next of `values` at the ones of `word`, zeros elsewhere. Kept from reading memory itself: vpexpandw is fast on a
 // register and microcoded with a memory operand, which the compiler would choose.
@@ -95,6 +109,20 @@ inline int expand_word(uint64_t word, const T* values, T* out) {
       __asm__("" : "+v"(packed));  // as in expand_half
       _mm512_storeu_ps(out + j, _mm512_maskz_expand_ps(part, packed));
       taken += ones(part);
+    }
+    return taken;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    for (int j = 0; j < kWord; j += 8) {
+      const int subset = static_cast<int>(word >> j & 0xff);
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kWideExpand.packed[subset]));
+      const __m256i places = _mm256_cvtepi8_epi32(bytes);
+      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + taken));
+      const __m256i missing = _mm256_srai_epi32(places, 31);
+      const __m256i spread = _mm256_andnot_si256(missing, _mm256_permutevar8x32_epi32(packed, places));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), spread);
+      taken += ones(subset);
     }
     return taken;
   }
