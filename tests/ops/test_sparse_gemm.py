@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pyprune import ops
+from pyprune._cpu import sparse_gemm
 from pyprune.reference.bits import pack_bits, unpack_bits
 
 # (tokens, out, in): single elements, around 8, 16 and 64, no tokens, and several blocks of rows and panels of columns.
@@ -115,6 +116,19 @@ def test_kernels_are_as_exact_as_torch(case: str, dtype: torch.dtype, isa: str) 
         x = x[:, : dense.shape[1]]
         assert_as_exact_as_torch(op(x, bias), x, dense, bias)
         assert_as_exact_as_torch(op(x, None), x, dense, None)
+
+
+@needs_kernels
+@pytest.mark.parametrize("wide", [False, True], ids=["as stored", "in fp32"])
+@pytest.mark.parametrize("case", ["nm 2:4", "bitmap 50%", "masked"])
+def test_many_tokens_multiply_in_either_type(case: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of expanded rows, whichever this processor would take; two blocks of rows, the last one cut short."""
+    monkeypatch.setattr(sparse_gemm, "product_dtype", lambda dtype: torch.float32 if wide else dtype)
+    monkeypatch.setattr(sparse_gemm, "BLOCK_BYTES", 0)
+    for dtype in (torch.bfloat16, torch.float16):
+        x, weight, bias = inputs(80, 130, 96, dtype)
+        op, dense = CASES[case](weight)
+        assert_as_exact_as_torch(op(x, bias), x, dense, bias)
 
 
 @needs_kernels
