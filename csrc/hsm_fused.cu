@@ -5,9 +5,6 @@
 // so these kernels are bound by memory, though not by far, and are designed to read x, residual and grad_y as few times
 // as possible, in 16-byte pieces, with enough of them in flight. Figures below are for bf16, T tokens, n = d.
 //
-// On sm_90 and sm_100, 16-bit, aligned and not too wide, one kernel does each product pair: hsm_cluster, which reads x
-// or grad_y once. Everywhere else:
-//
 //   hsm_forward:           project (reads x, writes h and h*v), expand (reads x, writes y)
 //   + residual + rmsnorm:  the same, expand adding the residual and squares, then normalise
 //   hsm_backward:          scale_rows, project (reads grad_y, writes u*v), expand (reads grad_y and x, writes grad_x)
@@ -35,15 +32,11 @@ constexpr int kLeftBytes = kTileRows * kStageRowBytes;
 constexpr int kStageBytes = kLeftBytes + kTileColumns * kStageRowBytes;
 constexpr int kProjectStages = 4;
 constexpr int kExpandStages = 3;
-constexpr int kRightBytes = kStageBytes - kLeftBytes;
-constexpr int kClusterBlocks = 8;  // The largest portable cluster.
-constexpr int kClusterStages = 4;  // Of kRightBytes each.
-constexpr int kFinishRows = 8;     // Rows per block of project_finish.
+constexpr int kFinishRows = 8;  // Rows per block of project_finish.
 constexpr int kNormaliseColumns = 2048;
 constexpr int kMaxRowsPerBlock = 64;  // Of rms_backward.
 constexpr int kHeldPieces = 4;        // 16-byte pieces of each input that a thread of rms_backward_held holds at most.
-constexpr int kSumThreads = 512;      // Of sum_rows.
-constexpr int kSumColumns = 8;        // Of a block of sum_rows.
+constexpr int kSumThreads = 1024;     // Of sum_rows.
 
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);  // Elements in a 16-byte access.
@@ -538,364 +531,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2) expand(Expan
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// hsm_cluster: both products and everything around them, 64 rows by a cluster of blocks
-// ---------------------------------------------------------------------------------------------------------------------
-
-// How [tokens, d] is cut: 64 rows to a cluster, of which each block has `width` columns.
-struct ClusterPlan {
-  int64_t width, blocks, row_blocks, depth, shared_bytes;
-
-  ClusterPlan(int64_t tokens, int64_t columns, int64_t rank)
-      : width(ceil_divide(ceil_divide(columns, kClusterBlocks), kTileColumns) * kTileColumns),
-        blocks(width > 0 ? ceil_divide(columns, width) : 0),
-        row_blocks(ceil_divide(tokens, kTileRows)),
-        depth(ceil_divide(rank, kDepth<__half>) * kDepth<__half>),
-        shared_bytes(kTileRows * (width + depth) * 2 + kClusterStages * kRightBytes + kTileRows * kScratch * 4) {}
-
-  static constexpr int kScratch = 4;  // Floats per row for the epilogues' sums.
-};
-
-template <typename T>
-struct Fused {
-  Project<T> narrow;  // Its `sums` are not used, `scaled` only in backward.
-  Expand<T> wide;     // Its `left` is not used.
-  ClusterPlan plan;
-};
-
-// Byte of an element in a matrix of kTileRows rows, stored as kTileRows x kStageRowBytes tiles side by side.
-template <typename T>
-__device__ __forceinline__ int element_offset(int row, int column) {
-  constexpr int kShift = kVector<T>;
-  return column / kDepth<T> * kLeftBytes + chunk_offset(row, column % kDepth<T> / kShift, kStageRowBytes) +
-         column % kShift * static_cast<int>(sizeof(T));
-}
-
-// The first two of a sequence of tiles, whose stages are free early: stage of item i: (i + 2) % 4. load(item) asks for
-// one and commits, also when there is none. (Loops that stay loops, here and below, for fewer addresses in registers.)
-template <typename Load>
-__device__ __forceinline__ void start_tiles(const Load& load) {
-#pragma unroll 1
-  for (int item = 0; item < 2; ++item) load(item);
-}
-
-// Runs body(item) for each, with three in flight.
-template <typename Load, typename Body>
-__device__ __forceinline__ void stream_tiles(int items, const Load& load, const Body& body) {
-#pragma unroll 1
-  for (int item = -1; item < items; ++item) {
-    if (item >= 0) {
-      ptx::cp_async_wait<2>();
-      __syncthreads();  // This tile has arrived for all; all are done with the one before, whose stage is loaded next.
-    }
-    load(item + 3);
-    if (item >= 0) body(item);
-  }
-  __syncthreads();  // The ring is free, and what the bodies wrote to shared memory is there.
-}
-
-// Adds the blocks' partial products of 64 rows and 128 columns in order, each block some rows, and gives what becomes
-// of them, the left factor of the wide product, to all blocks. One thread has four columns of every eighth row.
-template <bool kBackward, typename T>
-__device__ __forceinline__ void exchange_projection(const Fused<T>& p, int block, int64_t row_block, int64_t column0,
-                                                    float* partial, unsigned char* scaled) {
-  using Four = device::Piece<T, 4>;
-  const int blocks = static_cast<int>(p.plan.blocks), rows_each = (kTileRows + blocks - 1) / blocks;
-  const int tile_column = threadIdx.x / 8 * 4;
-  const int64_t rank = p.narrow.rank, column = column0 + tile_column;
-  const bool exists = column < rank;  // All four, since rows are whole 16-byte pieces.
-  float v[4], v_sums[4] = {};
-#pragma unroll
-  for (int e = 0; e < 4; ++e) v[e] = exists ? __ldg(p.narrow.v + column + e) : 0.0f;
-
-#pragma unroll 1
-  for (int i = threadIdx.x % 8; i < rows_each; i += 8) {
-    const int row = block * rows_each + i;
-    if (row >= kTileRows) break;
-    device::Piece<float, 4> parts[kClusterBlocks];
-    const float* mine = partial + row * kTileColumns + (tile_column ^ (row & 3) << 3);
-#pragma unroll
-    for (int peer = 0; peer < kClusterBlocks; ++peer) {
-      if (peer < blocks) parts[peer].words[0] = *reinterpret_cast<const uint4*>(ptx::map_to_peer(mine, peer));
-    }
-    float u[4] = {};
-#pragma unroll
-    for (int peer = 0; peer < kClusterBlocks; ++peer) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) u[e] += peer < blocks ? parts[peer].elements[e] : 0.0f;
-    }
-
-    const int64_t token = row_block * kTileRows + row, at = token * rank + column;
-    const bool inside = exists && token < p.narrow.left.rows;
-    Four out;
-    if constexpr (kBackward) {
-      Four h{};
-      if (inside) h.load(p.narrow.h + at);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        out.elements[e] = from_float<T>(u[e] * v[e]);
-        v_sums[e] += to_float(h.elements[e]) * u[e];
-      }
-      if (inside) out.store(p.narrow.scaled + at);
-    } else {
-      Four h;  // What backward will read is what y is made of.
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        h.elements[e] = from_float<T>(u[e]);
-        out.elements[e] = from_float<T>(to_float(h.elements[e]) * v[e]);
-      }
-      if (inside) h.store(p.narrow.plain + at);
-    }
-    if (column < p.plan.depth) {
-      unsigned char* target = scaled + element_offset<T>(row, static_cast<int>(column));
-      for (int peer = 0; peer < blocks; ++peer) out.store(reinterpret_cast<T*>(ptx::map_to_peer(target, peer)));
-    }
-  }
-
-  if constexpr (kBackward) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) v_sums[e] = sum_lanes(v_sums[e], 8);
-    if (exists && threadIdx.x % 8 == 0) {
-      float* sums = p.narrow.v_sums + (row_block * blocks + block) * rank + column;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[e] = v_sums[e];
-    }
-  }
-}
-
-// One 64 x 128 tile of z into the outputs, which take the place of the inputs in `slice`; `other` is the tile of the
-// second input. Each thread has the elements of its accumulators, a pair at a time.
-template <typename T, Epilogue kEpilogue>
-__device__ __forceinline__ void fused_epilogue(const Fused<T>& p, const Accumulator& z, unsigned char* slice,
-                                               const unsigned char* other, float* scratch, float (&squares)[2][2],
-                                               int64_t row_block, int64_t column0) {
-  using Pair = device::Piece<T, 2>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int tile_column = warp % 4 * 32 + j * 8 + lane % 4 * 2;
-    const int64_t column = column0 + tile_column;
-    const bool inside = column < p.wide.columns, masked = column < p.wide.other_columns;
-    float mask[2], sums[2] = {};
-#pragma unroll
-    for (int e = 0; e < 2; ++e) mask[e] = masked ? __ldg(p.wide.mask + column + e) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp / 4 * 32 + i * 16 + half * 8 + lane / 4;
-        Pair& place = *reinterpret_cast<Pair*>(slice + element_offset<T>(row, tile_column));
-        Pair second{};
-        if (kEpilogue != Epilogue::kMask && other != nullptr)
-          second = *reinterpret_cast<const Pair*>(other + element_offset<T>(row, tile_column));
-        Pair out;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float first = masked ? to_float(place.elements[e]) : 0.0f;
-          const float extra = to_float(second.elements[e]), product = z[i][j][half * 2 + e];
-          if constexpr (kEpilogue == Epilogue::kMask) {
-            out.elements[e] = from_float<T>(mask[e] * (first + product));
-          } else if constexpr (kEpilogue == Epilogue::kResidual) {
-            out.elements[e] = from_float<T>(extra + mask[e] * (first + product));
-            const float stored = to_float(out.elements[e]);
-            squares[i][half] += inside ? stored * stored : 0.0f;
-          } else {
-            out.elements[e] = from_float<T>(mask[e] * first + product);
-            sums[e] += first * extra;
-          }
-        }
-        place = out;
-      }
-    }
-    if constexpr (kEpilogue == Epilogue::kGradient) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {  // Over the lanes of a column.
-        for (int step = 4; step < 32; step *= 2) sums[e] += __shfl_xor_sync(device::kFullWarp, sums[e], step);
-        if (lane < 4) scratch[warp / 4 * kTileColumns + tile_column + e] = sums[e];
-      }
-    }
-  }
-  if constexpr (kEpilogue == Epilogue::kGradient) {
-    if (other == nullptr) return;
-    __syncthreads();
-    const int64_t mine = column0 + threadIdx.x;
-    if (threadIdx.x < kTileColumns && mine < p.wide.other_columns)
-      p.wide.sums[row_block * p.wide.other_columns + mine] = scratch[threadIdx.x] + scratch[threadIdx.x + kTileColumns];
-  }
-}
-
-// Calls body(row, column, where in the slice) for the block's 16-byte pieces, a warp to a row.
-template <typename T, typename Body>
-__device__ __forceinline__ void for_pieces(const Fused<T>& p, unsigned char* slice, int64_t row0, int64_t column0,
-                                           const Body& body) {
-  const int pieces = clip(column0, p.wide.columns, static_cast<int>(p.plan.width)) / kVector<T>;
-  for (int row = threadIdx.x / 32; row < kTileRows && row0 + row < p.narrow.left.rows; row += kWarps) {
-    for (int piece = threadIdx.x % 32; piece < pieces; piece += 32) {
-      const int column = piece * kVector<T>;
-      body(row, column, *reinterpret_cast<device::Piece<T, kVector<T>>*>(slice + element_offset<T>(row, column)));
-    }
-  }
-}
-
-// A cluster of up to 8 blocks has 64 rows, each block an eighth of the columns (256 at d = 2048) of x, in shared
-// memory.
-//   1. Its part of h, over its columns, for 128 of the ranks at a time.
-//   2. The blocks add up their parts through distributed shared memory, each an eighth of the rows, and give h * v to
-//   all.
-//   3. z for its columns, 128 at a time, and y in the place of x; from there to memory in rows. RMSNorm adds up the
-//   rows'
-//      squares through distributed shared memory and normalises what is still in shared memory.
-// Backward is the same with grad_y in the place of x.
-// Bytes (T n each): reads x, writes y: 2, the floor; + residual + RMSNorm: 4; backward: 3 (grad_y, x, grad_x). From L2,
-// l0 and l1 once per 64 rows: 0.85 MB for 0.5 MB of x and y at d = 2048, r = 104, which with the ldmatrix traffic (16
-// KB of shared memory per 16 ranks or columns deep, 128 cycles) is what bounds it beside DRAM. Operations: 4 T d r.
-// Shared memory at d = 2048: 32 KB of x, four stages of 16 KB (tiles of l0, l1, residual; the parts of h alias two of
-// them while the others already fetch l1), 16 KB of h * v, 1 KB: 113 KB, two blocks per SM, so that one's copies and
-// barriers overlap the other's products. Above d = 2048 one block per SM.
-// Grid: row blocks x cluster.
-template <typename T, Epilogue kEpilogue>
-__device__ __forceinline__ void mix_rows(const Fused<T>& p, unsigned char* shared) {
-  constexpr bool kBackward = kEpilogue == Epilogue::kGradient;
-  constexpr Right kRight = kBackward ? Right::kDepthByColumns : Right::kColumnsByDepth;
-  const int blocks = static_cast<int>(p.plan.blocks), block = static_cast<int>(blockIdx.x % p.plan.blocks);
-  const int width = static_cast<int>(p.plan.width), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row_block = blockIdx.x / p.plan.blocks, row0 = row_block * kTileRows;
-  const int64_t column0 = static_cast<int64_t>(block) * width;
-  unsigned char* slice = shared;
-  unsigned char* ring = slice + kTileRows * width * sizeof(T);
-  unsigned char* scaled = ring + kClusterStages * kRightBytes;
-  float* scratch = reinterpret_cast<float*>(scaled + kTileRows * p.plan.depth * sizeof(T));
-  float* partial = reinterpret_cast<float*>(ring);  // Of stages 0 and 1.
-  const auto stage = [&](int item) { return ring + (item + 2) % kClusterStages * kRightBytes; };
-  // 128 columns of a right factor from column on, and kDepth of its summed dimension.
-  const auto load_right = [&](int item, const Matrix<T>& right, int64_t column, int64_t depth) {
-    if constexpr (kRight == Right::kColumnsByDepth) {
-      load_tile<T, kTileColumns, kStageRowBytes>(stage(item), right, column, depth, true);
-    } else {
-      load_tile<T, kDepth<T>, kTileColumns * sizeof(T)>(stage(item), right, depth, column, true);
-    }
-  };
-
-  // The narrow product.
-  const int steps = static_cast<int>(ceil_divide(clip(column0, p.narrow.left.columns, width), kDepth<T>));
-  int64_t rank0 = 0;
-  const auto load_narrow = [&](int item) {
-    if (item < steps) {
-      const int64_t depth = column0 + item * kDepth<T>;
-      if (rank0 == 0)
-        load_tile<T, kTileRows, kStageRowBytes>(slice + item * kLeftBytes, p.narrow.left, row0, depth, true);
-      load_right(item, p.narrow.right, rank0, depth);
-    }
-    ptx::cp_async_commit();
-  };
-
-  // The wide product: per 128 columns its tiles of the right factor, then the tile of the second input.
-  const Matrix<T> second{kBackward ? p.wide.x : p.wide.other, p.narrow.left.rows,
-                         kBackward ? p.wide.x_columns : p.wide.other_columns};
-  const bool has_second = kEpilogue == Epilogue::kResidual || (kBackward && p.wide.sums != nullptr);
-  const int depth_steps = static_cast<int>(p.plan.depth) / kDepth<T>, per_tile = depth_steps + has_second;
-  const int items = static_cast<int>(ceil_divide(clip(column0, p.wide.columns, width), kTileColumns)) * per_tile;
-  const auto load_wide = [&](int item) {
-    if (item < items) {
-      const int64_t column = column0 + item / per_tile * kTileColumns;
-      const int step = item % per_tile;
-      if (step < depth_steps) {
-        load_right(item, p.wide.right, column, step * kDepth<T>);
-      } else {
-        for (int half = 0; half < 2; ++half) {
-          load_tile<T, kTileRows, kStageRowBytes>(stage(item) + half * kLeftBytes, second, row0,
-                                                  column + half * kDepth<T>, true);
-        }
-      }
-    }
-    ptx::cp_async_commit();
-  };
-
-  start_tiles(load_narrow);
-#pragma unroll 1
-  while (rank0 < p.narrow.rank) {
-    Accumulator sum = {};
-    stream_tiles(steps, load_narrow,
-                 [&](int item) { multiply_stage<T, kRight>(sum, slice + item * kLeftBytes, stage(item)); });
-    const int64_t mine = rank0;
-    rank0 += kTileColumns;
-    if (rank0 < p.narrow.rank) {
-      start_tiles(load_narrow);
-    } else {
-      start_tiles(load_wide);
-    }
-    const int row = warp / 4 * 32 + lane / 4;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      // Element (row, column) at row * 128 + (column ^ row % 4 * 8): off each other's banks.
-      float* target = partial + row * kTileColumns + warp % 4 * 32 + (j ^ (row & 3)) * 8 + lane % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        target[i * 8 * kTileColumns] = sum[i / 2][j][i % 2 * 2];
-        target[i * 8 * kTileColumns + 1] = sum[i / 2][j][i % 2 * 2 + 1];
-      }
-    }
-    ptx::cluster_sync();  // All blocks' parts are there.
-    exchange_projection<kBackward>(p, block, row_block, mine, partial, scaled);
-    ptx::cluster_sync();  // All blocks have the left factor, and have read the parts.
-  }
-
-  float squares[2][2] = {};
-  Accumulator sum;
-  stream_tiles(items, load_wide, [&](int item) {
-    const int step = item % per_tile;
-    if (step == 0) {
-#pragma unroll
-      for (int i = 0; i < 32; ++i) sum[i / 16][i / 4 % 4][i % 4] = 0.0f;
-    }
-    if (step < depth_steps) multiply_stage<T, kRight>(sum, scaled + step * kLeftBytes, stage(item));
-    if (step == per_tile - 1) {
-      const int tile = item / per_tile;
-      fused_epilogue<T, kEpilogue>(p, sum, slice + tile * 2 * kLeftBytes, has_second ? stage(item) : nullptr, scratch,
-                                   squares, row_block, column0 + tile * kTileColumns);
-    }
-  });
-  for_pieces(p, slice, row0, column0, [&](int row, int column, const auto& piece) {
-    piece.store(p.wide.out + (row0 + row) * p.wide.columns + column0 + column);
-  });
-
-  if constexpr (kEpilogue == Epilogue::kResidual) {
-    const Normalise<T>& norm = p.wide.norm;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float square = sum_lanes(squares[i / 2][i % 2], 4);
-      const int row = warp / 4 * 32 + i * 8 + lane / 4;
-      if (lane % 4 == 0) scratch[row * ClusterPlan::kScratch + warp % 4] = square;
-    }
-    float* rstds = reinterpret_cast<float*>(scaled);
-    ptx::cluster_sync();  // All blocks' squares are there.
-    if (threadIdx.x < kTileRows) {
-      float square = 0.0f;
-      for (int peer = 0; peer < blocks; ++peer) {
-        const float* parts = ptx::map_to_peer(scratch + threadIdx.x * ClusterPlan::kScratch, peer);
-        square += (parts[0] + parts[1]) + (parts[2] + parts[3]);
-      }
-      const float rstd = rsqrtf(square / norm.columns + norm.eps);
-      rstds[threadIdx.x] = rstd;
-      if (block == 0 && row0 + threadIdx.x < norm.tokens) norm.rstd[row0 + threadIdx.x] = rstd;
-    }
-    ptx::cluster_sync();  // The rows' rstd is there, and nobody reads the memory of a block that has left.
-    for_pieces(p, slice, row0, column0, [&](int row, int column, const auto& piece) {
-      float weight[kVector<T>], out[kVector<T>];
-      load_vector<true>(weight, norm.weight + column0 + column, kVector<T>, true);
-#pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) out[i] = to_float(piece.elements[i]) * rstds[row] * weight[i];
-      store_vector(norm.output + (row0 + row) * norm.columns + column0 + column, out, kVector<T>, true);
-    });
-  }
-}
-
-template <typename T, Epilogue kEpilogue>
-__global__ void __launch_bounds__(kThreads, 2) hsm_cluster(Fused<T> p) {
-  PYPRUNE_SHARED_MEMORY(shared);
-  if constexpr (ptx::kHasClusters) mix_rows<T, kEpilogue>(p, shared);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // The rest of backward
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -906,27 +541,25 @@ __global__ void __launch_bounds__(kThreads) scale_rows(Matrix<T> matrix, const f
   if (i < matrix.rows * matrix.columns) out[i] = from_float<T>(scale[i / matrix.columns] * to_float(matrix.data[i]));
 }
 
-// out[c] = sum of parts[:, c], fp32, in a fixed order. Bytes: 4 rows columns, some hundred rows: few columns to a block
-// and eight rows of a thread in flight, for latency. Grid: blocks of 8 columns.
+// out[c] = sum of parts[:, c], fp32, in a fixed order. Bytes: 4 rows columns, a few hundred rows at most: many warps with
+// eight rows each in flight, for latency. Grid: blocks of 32 columns.
 __global__ void __launch_bounds__(kSumThreads) sum_rows(Matrix<float> parts, float* out) {
   PYPRUNE_SHARED_MEMORY(shared);
+  constexpr int kSumWarps = kSumThreads / 32;
   float* sums = reinterpret_cast<float*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + lane % kSumColumns;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + lane;
   float sum = 0.0f;
   if (column < parts.columns) {
-    constexpr int kStep = kSumThreads / kSumColumns;
 #pragma unroll 8
-    for (int64_t row = threadIdx.x / kSumColumns; row < parts.rows; row += kStep)
-      sum += __ldg(parts.data + row * parts.columns + column);
+    for (int64_t row = warp; row < parts.rows; row += kSumWarps) sum += __ldg(parts.data + row * parts.columns + column);
   }
-  for (int step = kSumColumns; step < 32; step *= 2) sum += __shfl_xor_sync(device::kFullWarp, sum, step);
-  if (lane < kSumColumns) sums[warp * kSumColumns + lane] = sum;
+  sums[threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.x >= kSumColumns || column >= parts.columns) return;
+  if (warp != 0 || column >= parts.columns) return;
   sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kSumThreads / 32; ++i) sum += sums[i * kSumColumns + lane];
+  for (int i = 0; i < kSumWarps; ++i) sum += sums[i * 32 + lane];
   out[column] = sum;
 }
 
@@ -942,12 +575,12 @@ struct RmsBackward {
 };
 
 // Bytes: reads grad_residual_out, grad_normed and residual_out, writes grad_residual: 4 T n, the floor, 10 us for
-// T = n = 2048 on an H100. A thread has the same kPieces pieces of 16 bytes of every row, which keeps the column sums
-// of grad_weight in its registers, and takes two rows at once where n <= 2048 (in 16 bits), one where n <= 8192. They
-// stay in registers while the block adds up the rows' means of a * q, so nothing is read twice; 24 KB in flight per
-// block, two or three blocks per SM, one's loads beside the others' sums. Partial sums cost 4 n bytes per block. For
-// whole, aligned pieces. Shared memory: a float per row and warp, twice, so that one barrier a step is enough. Grid:
-// row blocks.
+// T = n = 2048 on an H100. A thread has the same kPieces pieces of 16 bytes of every row, which keeps the column sums of
+// grad_weight in its registers, and takes two rows at once where n <= 2048 (in 16 bits), one where n <= 8192. They stay
+// in registers while the block adds up the rows' means of a * q, so nothing is read twice; 24 KB in flight per block,
+// two or three blocks per SM, one's loads beside the others' sums. Partial sums cost 4 n bytes per block.
+// For whole, aligned pieces. Shared memory: a float per row and warp, twice, so that one barrier a step is enough.
+// Grid: row blocks.
 template <typename T, int kPieces>
 __global__ void __launch_bounds__(kThreads, kPieces == kHeldPieces ? 1 : 2) rms_backward_held(RmsBackward<T> p) {
   PYPRUNE_SHARED_MEMORY(shared);
@@ -1008,12 +641,10 @@ __global__ void __launch_bounds__(kThreads, kPieces == kHeldPieces ? 1 : 2) rms_
       for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
         for (int e = 0; e < kVector<T>; ++e) {
-          const float g = to_float(grad[i][piece].elements[e]),
-                      normal = to_float(input[i][piece].elements[e]) * rstd[i];
+          const float g = to_float(grad[i][piece].elements[e]), normal = to_float(input[i][piece].elements[e]) * rstd[i];
           sums[piece][e] += g * normal;
-          out[i][piece].elements[e] =
-              from_float<T>(to_float(out[i][piece].elements[e]) +
-                            rstd[i] * (to_float(weight[piece].elements[e]) * g - normal * mean));
+          out[i][piece].elements[e] = from_float<T>(to_float(out[i][piece].elements[e]) +
+                                                    rstd[i] * (to_float(weight[piece].elements[e]) * g - normal * mean));
         }
         if (row + i < rows && column(piece) < p.columns)
           out[i][piece].store(p.grad_input + (row0 + row + i) * p.columns + column(piece));
@@ -1118,9 +749,7 @@ struct ProjectPlan {
 
 int64_t rms_rows_per_block(int64_t tokens, int processors) {
   const int64_t rows = ceil_divide(tokens, 2 * processors);
-  return rows < kWarps             ? kWarps
-         : rows > kMaxRowsPerBlock ? kMaxRowsPerBlock
-                                   : ceil_divide(rows, kHeldPieces) * kHeldPieces;
+  return rows < kWarps ? kWarps : rows > kMaxRowsPerBlock ? kMaxRowsPerBlock : ceil_divide(rows, kHeldPieces) * kHeldPieces;
 }
 
 template <typename T>
@@ -1146,8 +775,7 @@ struct BackwardScratch {
       : plan(s.tokens, s.outputs, s.rank, kDepth<T>, processors),
         masked(space.take<T>(s.outputs * s.rank)),
         sums(space.take<float>(plan.splits > 1 ? plan.splits * s.tokens * s.rank : 0)),
-        v_sums(space.take<float>(
-            std::max(plan.v_sum_rows(s.tokens), ceil_divide(s.tokens, kTileRows) * kClusterBlocks) * s.rank)),
+        v_sums(space.take<float>(plan.v_sum_rows(s.tokens) * s.rank)),
         column_sums(space.take<float>(ceil_divide(s.tokens, kTileRows) * s.outputs)) {}
 };
 
@@ -1196,34 +824,8 @@ cudaError_t run_expand(const Expand<T>& p, int64_t column_grid, cudaStream_t str
 }
 
 cudaError_t run_sum_rows(const float* parts, int64_t rows, int64_t columns, float* out, cudaStream_t stream) {
-  return launch(sum_rows, dim3(blocks(ceil_divide(columns, kSumColumns))), kSumThreads,
-                kSumThreads / 32 * kSumColumns * sizeof(float), stream, Matrix<float>{parts, rows, columns}, out);
-}
-
-// Whether this device can run the plan; aligned data is the caller's.
-template <typename T>
-cudaError_t can_cluster(const HsmShape& s, const ClusterPlan& plan, bool* can) {
-  *can = false;
-  if (sizeof(T) != 2 || s.rank == 0 || s.outputs == 0) return cudaSuccess;
-  int device = 0, clusters = 0, shared_bytes = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  // Also for a plan that needs less: devices with less (sm_120) have clusters, but not this kernel (ptx::kHasClusters).
-  constexpr int kSharedBytes = 227 << 10;
-  *can = clusters != 0 && shared_bytes >= kSharedBytes && plan.shared_bytes <= kSharedBytes;
-  return error;
-}
-
-template <Epilogue kEpilogue, typename T>
-cudaError_t run_cluster(const Project<T>& narrow, const Expand<T>& wide, const ClusterPlan& plan, cudaStream_t stream) {
-  if constexpr (sizeof(T) == 2) {
-    return launch_clusters(hsm_cluster<T, kEpilogue>, dim3(blocks(plan.row_blocks * plan.blocks)), blocks(plan.blocks),
-                           kThreads, plan.shared_bytes, stream, Fused<T>{narrow, wide, plan});
-  } else {
-    return cudaErrorInvalidValue;
-  }
+  return launch(sum_rows, dim3(blocks(ceil_divide(columns, 32))), kSumThreads, kSumThreads * sizeof(float), stream,
+                Matrix<float>{parts, rows, columns}, out);
 }
 
 cudaError_t count_processors(int* count) {
@@ -1306,16 +908,10 @@ int hsm_forward(HsmShape s, int dtype, const void* x, const void* l0, const floa
     Workspace space(workspace);
     const ForwardScratch<T> scratch(space, s, processors);
     const Project<T> narrow = forward_projection(s, scratch, input, static_cast<const T*>(l0), v, static_cast<T*>(h));
+    const cudaError_t error = run_project<T, false>(narrow, scratch.plan, queue);
+    if (error != cudaSuccess) return error;
     const Expand<T> wide = forward_expansion(s, scratch, input, static_cast<const T*>(l1), mask,
                                              static_cast<const T*>(nullptr), static_cast<T*>(y));
-    const ClusterPlan plan(s.tokens, s.hidden, s.rank);
-    bool clusters = false;
-    cudaError_t error = can_cluster<T>(s, plan, &clusters);
-    if (error != cudaSuccess) return error;
-    if (clusters && narrow.aligned && wide.aligned && all_aligned<T>({}, {h}))
-      return run_cluster<Epilogue::kMask>(narrow, wide, plan, queue);
-    error = run_project<T, false>(narrow, scratch.plan, queue);
-    if (error != cudaSuccess) return error;
     return run_expand<T, Epilogue::kMask>(wide, ceil_divide(s.outputs, kTileColumns), queue);
   });
 }
@@ -1332,6 +928,9 @@ int hsm_residual_rmsnorm_forward(HsmShape s, int dtype, float eps, const void* x
     Workspace space(workspace);
     const ForwardScratch<T> scratch(space, s, processors);
     const Project<T> narrow = forward_projection(s, scratch, input, static_cast<const T*>(l0), v, static_cast<T*>(h));
+    cudaError_t error = run_project<T, false>(narrow, scratch.plan, queue);
+    if (error != cudaSuccess) return error;
+
     Expand<T> wide =
         forward_expansion(s, scratch, input, static_cast<const T*>(l1), mask, static_cast<const T*>(residual), sum);
     Normalise<T>& norm = wide.norm;
@@ -1344,15 +943,6 @@ int hsm_residual_rmsnorm_forward(HsmShape s, int dtype, float eps, const void* x
             s.outputs,
             eps,
             all_aligned<T>({s.outputs}, {sum, weight, normed})};
-    const ClusterPlan plan(s.tokens, s.hidden, s.rank);
-    bool clusters = false;
-    cudaError_t error = can_cluster<T>(s, plan, &clusters);
-    if (error != cudaSuccess) return error;
-    if (clusters && narrow.aligned && wide.aligned && norm.aligned && all_aligned<T>({}, {h}))
-      return run_cluster<Epilogue::kResidual>(narrow, wide, plan, queue);
-    error = run_project<T, false>(narrow, scratch.plan, queue);
-    if (error != cudaSuccess) return error;
-
     // Two blocks per SM keep it busy; with fewer, rows are cut too and normalised by a second kernel.
     const bool owns_rows = ceil_divide(s.tokens, kTileRows) >= 2 * processors;
     error = run_expand<T, Epilogue::kResidual>(wide, owns_rows ? 1 : ceil_divide(s.outputs, kTileColumns), queue);
@@ -1385,6 +975,11 @@ int hsm_backward(HsmShape s, int dtype, const void* grad_y, const void* x, const
     narrow.sums = scratch.sums;
     narrow.v_sums = scratch.v_sums;
     narrow.aligned = all_aligned<T>({s.outputs, s.rank}, {grad, scratch.masked});
+    error = run_project<T, true>(narrow, scratch.plan, queue);
+    if (error != cudaSuccess) return error;
+    error = run_sum_rows(scratch.v_sums, scratch.plan.v_sum_rows(s.tokens), s.rank, grad_v, queue);
+    if (error != cudaSuccess) return error;
+
     Expand<T> wide{};
     wide.left = {narrow.scaled, s.tokens, s.rank};
     wide.right = {static_cast<const T*>(l0), s.rank, s.hidden};
@@ -1396,22 +991,7 @@ int hsm_backward(HsmShape s, int dtype, const void* grad_y, const void* x, const
     wide.out = static_cast<T*>(grad_x);
     wide.sums = column_dot != nullptr ? scratch.column_sums : nullptr;
     wide.aligned = all_aligned<T>({s.hidden, s.rank, s.outputs}, {x, l0, grad, grad_x, grad_p});
-
-    const ClusterPlan plan(s.tokens, s.hidden, s.rank);
-    bool clusters = false;
-    error = can_cluster<T>(s, plan, &clusters);
-    if (error != cudaSuccess) return error;
-    clusters = clusters && narrow.aligned && wide.aligned && all_aligned<T>({}, {h});
-    if (clusters) {
-      error = run_cluster<Epilogue::kGradient>(narrow, wide, plan, queue);
-    } else {
-      error = run_project<T, true>(narrow, scratch.plan, queue);
-      if (error != cudaSuccess) return error;
-      error = run_expand<T, Epilogue::kGradient>(wide, ceil_divide(s.hidden, kTileColumns), queue);
-    }
-    if (error != cudaSuccess) return error;
-    const int64_t v_sum_rows = clusters ? plan.row_blocks * plan.blocks : scratch.plan.v_sum_rows(s.tokens);
-    error = run_sum_rows(scratch.v_sums, v_sum_rows, s.rank, grad_v, queue);
+    error = run_expand<T, Epilogue::kGradient>(wide, ceil_divide(s.hidden, kTileColumns), queue);
     if (error != cudaSuccess || column_dot == nullptr) return error;
     return run_sum_rows(scratch.column_sums, ceil_divide(s.tokens, kTileRows), s.outputs, column_dot, queue);
   });

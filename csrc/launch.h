@@ -15,15 +15,15 @@
 
 namespace pyprune {
 
-// Runs `kernel` on one-dimensional blocks of `threads` with `shared_bytes` of dynamic shared memory, `cluster_size`
-// neighbours in x as one cluster (sm_90 and later; 0: without). An empty grid has nothing to do and succeeds.
+// Runs `kernel` on one-dimensional blocks of `threads` with `shared_bytes` of dynamic shared memory.
+// An empty grid has nothing to do and succeeds.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_clusters(void (*kernel)(Parameters...), dim3 grid, unsigned cluster_size, unsigned threads,
-                            size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
 #ifdef PYPRUNE_SIMT
   static_cast<void>(stream);
-  return simt::launch(grid, cluster_size, threads, shared_bytes, [&] { kernel(arguments...); });
+  return simt::launch(grid, threads, shared_bytes, [&] { kernel(arguments...); });
 #else
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shared_bytes > kWithoutAsking) {
@@ -36,20 +36,8 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), dim3 grid, unsigned c
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = cluster_size;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = cluster_size > 0 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 #endif
-}
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t stream,
-                   Arguments... arguments) {
-  return launch_clusters(kernel, grid, 0, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace pyprune

@@ -26,13 +26,6 @@
 
 namespace pyprune::ptx {
 
-// Whether code for this target may use clusters and expect the 227 KB of shared memory of sm_90 and sm_100.
-#if defined(PYPRUNE_SIMT) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-constexpr bool kHasClusters = true;
-#else
-constexpr bool kHasClusters = false;
-#endif
-
 #ifndef PYPRUNE_SIMT
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -119,30 +112,6 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
   }
 }
 
-// The barrier of all threads of all blocks of a cluster; what they wrote to shared memory before it is read after it.
-// Clusters are a thing of sm_90 and later; the launcher does not come here before.
-__device__ __forceinline__ void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
-#else
-  __trap();
-#endif
-}
-
-// Where the block of this rank in the cluster has what the caller's shared memory has at `shared`. Ordinary loads and
-// stores go there, from the cluster's first barrier on and until the last that all reach.
-template <typename T>
-__device__ __forceinline__ T* map_to_peer(T* shared, int rank) {
-#if __CUDA_ARCH__ >= 900
-  T* peer;
-  asm("mapa.u64 %0, %1, %2;\n" : "=l"(peer) : "l"(shared), "r"(rank));
-  return peer;
-#else
-  __trap();
-  return shared + rank;
-#endif
-}
-
 // Ascending places may be promised, and should be, from CUDA 12.5 on.
 #if CUDART_VERSION >= 12050
 #define PYPRUNE_MMA_SP "mma.sp::ordered_metadata"
@@ -209,13 +178,6 @@ void cp_async_wait(int line = __builtin_LINE()) {
 
 inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector, int line = __builtin_LINE()) {
   return simt::permute_bytes(low, high, selector, line);
-}
-
-inline void cluster_sync(int line = __builtin_LINE()) { simt::sync_cluster(line); }
-
-template <typename T>
-T* map_to_peer(T* shared, int rank, int line = __builtin_LINE()) {
-  return static_cast<T*>(simt::map_shared(shared, rank, line));
 }
 
 struct MatrixLoad {

@@ -11,16 +11,7 @@ import subprocess
 import pytest
 import torch
 from emulator import HERE, ROOT, call_kernel
-from primitives import (
-    MMA_ATOL,
-    bit_operations,
-    copies,
-    copies_8,
-    fragments,
-    handed_around,
-    matrices,
-    sparse_fragments,
-)
+from primitives import MMA_ATOL, bit_operations, copies, copies_8, fragments, matrices, sparse_fragments
 from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
@@ -97,13 +88,6 @@ def test_mma_sp(library: ctypes.CDLL, dtype: torch.dtype, selector: bool, genera
 def test_bit_operations(library: ctypes.CDLL, generator: torch.Generator) -> None:
     *inputs, expected = bit_operations(generator)
     assert torch.equal(run(library, "run_bits", tuple(inputs), torch.zeros_like(expected)), expected)
-
-
-def test_shared_memory_of_a_cluster(library: ctypes.CDLL, generator: torch.Generator) -> None:
-    if torch.cuda.get_device_capability()[0] not in (9, 10):
-        pytest.skip("needs the clusters of sm_90 or sm_100")
-    data, expected = handed_around(generator)
-    assert torch.equal(run(library, "run_pass_around", (data,), torch.zeros_like(expected)), expected)
 
 
 def test_atomics(library: ctypes.CDLL) -> None:

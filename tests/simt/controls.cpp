@@ -3,8 +3,8 @@
 
 extern "C" {
 
-void simt_configure(int order, bool greedy, bool lazy, unsigned seed, int skip_line, int processors, bool clusters) {
-  simt::options = {static_cast<simt::Order>(order), greedy, lazy, seed, skip_line, processors, clusters};
+void simt_configure(int order, bool greedy, bool lazy, unsigned seed, int skip_line, int processors) {
+  simt::options = {static_cast<simt::Order>(order), greedy, lazy, seed, skip_line, processors};
 }
 
 // `bytes` of 0xFF whose end (or start) is flush with a protected page.

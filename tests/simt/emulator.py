@@ -101,7 +101,6 @@ class Schedule:
     seed: int = 0
     skip_line: int = 0
     processors: int = 4
-    clusters: bool = True
 
     def __str__(self) -> str:
         return f"{'lazy' if self.lazy else 'eager'}-{'greedy-' if self.greedy else ''}{self.order.name.lower()}"
@@ -140,7 +139,6 @@ class Emulator:
             ctypes.c_uint(schedule.seed),
             schedule.skip_line,
             schedule.processors,
-            schedule.clusters,
         )
 
     @contextmanager

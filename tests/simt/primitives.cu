@@ -96,22 +96,6 @@ __global__ void atomics(const unsigned long long* in, unsigned long long* out) {
   atomicMin(out + 1, in[threadIdx.x]);
 }
 
-// A cluster of four blocks, 32 values each: a block hands what the next one has, in reverse order, to the one before.
-constexpr int kClusterBlocks = 4;
-__global__ void pass_around(const int* in, int* out) {
-  PYPRUNE_SHARED_MEMORY(shared);
-  if constexpr (ptx::kHasClusters) {
-    int* values = reinterpret_cast<int*>(shared);
-    const int lane = threadIdx.x, block = blockIdx.x;
-    values[lane] = in[block * 32 + lane];
-    ptx::cluster_sync();  // all values are there
-    const int next = *ptx::map_to_peer(values + 31 - lane, (block + 1) % kClusterBlocks);
-    *ptx::map_to_peer(values + 32 + lane, (block + 3) % kClusterBlocks) = next;
-    ptx::cluster_sync();  // all values are handed on
-    out[block * 32 + lane] = values[32 + lane];
-  }
-}
-
 }  // namespace
 
 extern "C" {
@@ -161,13 +145,6 @@ const char* run_mma_sp(const uint32_t* a, const uint32_t* b, const uint32_t* met
 // a, b, selector [32] -> out [32, 4].
 const char* run_bits(const uint32_t* a, const uint32_t* b, const uint32_t* selector, uint32_t* out) {
   return run([&] { return launch(bits, dim3(1), 32, 0, nullptr, a, b, selector, out); });
-}
-
-// in [4, 32] -> out [4, 32]: row b is the reverse of row b + 2.
-const char* run_pass_around(const int* in, int* out) {
-  return run([&] {
-    return launch_clusters(pass_around, dim3(kClusterBlocks), kClusterBlocks, 32, 64 * sizeof(int), nullptr, in, out);
-  });
 }
 
 // in [32] -> out [2]: its sum and the least added to what stands there.

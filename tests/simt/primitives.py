@@ -129,12 +129,6 @@ def bit_operations(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, 
     return a, b, selector, torch.where(out >= 2**31, out - 2**32, out).int()
 
 
-def handed_around(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Shared memory of a cluster of four blocks: values [4, 32], and what run_pass_around writes [4, 32]."""
-    values = torch.randint(-(2**31), 2**31 - 1, (4, 32), dtype=torch.int32, generator=generator)
-    return values, values.roll(-2, 0).flip(1)
-
-
 MMA_ATOL = 17 * 2**-19
 """17 terms below 32 in an order that the ISA leaves open. Tensor cores shift them to the largest one's exponent and cut
 what falls off, up to a unit in its last place (2^-19) of each; a wrong layout is off by 1."""

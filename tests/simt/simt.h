@@ -9,8 +9,6 @@
 //   forward, in reverse, in random order, or one warp at a time (greedy). A kernel is right when all agree.
 // - `skip_line` leaves out the barrier or wait of one source line, so that a test can see its absence being noticed.
 //
-// - The blocks of a cluster run together; one that is done has its shared memory poisoned, as nobody may read it then.
-//
 // It knows nothing of speed, registers, memory ordering between blocks, or the rounding inside a tensor core.
 #pragma once
 
@@ -65,11 +63,7 @@ struct __half {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-  cudaDevAttrClusterLaunch = 120,
-};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
 namespace simt {
 
@@ -77,21 +71,18 @@ constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStackBytes = 64 << 10;
-constexpr size_t kSharedLimit = 99 << 10;          // The smallest of the supported architectures (sm_120).
-constexpr size_t kClusterSharedLimit = 227 << 10;  // Kernels with clusters are written for sm_90 and sm_100.
-constexpr unsigned kMaxClusterSize = 8;            // What every device with clusters can do.
-constexpr size_t kSlotBytes = 64;                  // The largest value that lanes exchange.
+constexpr size_t kSharedLimit = 99 << 10;  // The smallest of the supported architectures (sm_120).
+constexpr size_t kSlotBytes = 64;          // The largest value that lanes exchange.
 
 enum class Order : int { kForward = 0, kReverse = 1, kRandom = 2 };
 
 struct Options {
   Order order = Order::kForward;
-  bool greedy = false;   // Run one warp up to its block barrier before the next one starts.
-  bool lazy = true;      // cp.async lands at the wait, not at the issue.
-  unsigned seed = 0;     // Of Order::kRandom.
-  int skip_line = 0;     // Source line whose barriers and waits are left out.
-  int processors = 4;    // What cudaDevAttrMultiProcessorCount answers.
-  bool clusters = true;  // What cudaDevAttrClusterLaunch answers.
+  bool greedy = false;  // Run one warp up to its block barrier before the next one starts.
+  bool lazy = true;     // cp.async lands at the wait, not at the issue.
+  unsigned seed = 0;    // Of Order::kRandom.
+  int skip_line = 0;    // Source line whose barriers and waits are left out.
+  int processors = 4;   // What cudaDevAttrMultiProcessorCount answers.
 };
 inline Options options;
 
@@ -130,7 +121,7 @@ class GuardedMemory {
 
 inline std::map<void*, std::unique_ptr<GuardedMemory>> buffers;  // What simt_allocate handed out.
 
-enum class State { kReady, kBarrier, kWarp, kCluster, kDone };
+enum class State { kReady, kBarrier, kWarp, kDone };
 
 struct Copy {
   void* to;
@@ -165,9 +156,8 @@ struct Block {
   const GuardedMemory* shared = nullptr;
 };
 
-inline Block* block = nullptr;                 // The running fiber's.
-inline std::vector<Block>* cluster = nullptr;  // The blocks that run together.
-inline Fiber* fiber = nullptr;                 // The running one; null while the scheduler runs.
+inline Block* block = nullptr;
+inline Fiber* fiber = nullptr;  // The running one; null while the scheduler runs.
 inline jmp_buf scheduler;
 inline char failure[512];
 
@@ -200,20 +190,6 @@ inline void yield(State state, const char* name, int line) {
 
 inline void sync_block(int line) {
   if (line != options.skip_line) yield(State::kBarrier, "__syncthreads", line);
-}
-
-inline void sync_cluster(int line) {
-  if (line != options.skip_line) yield(State::kCluster, "cluster_sync", line);
-}
-
-// Where the block of this rank in the cluster has what is at `pointer` in the caller's shared memory.
-inline void* map_shared(const void* pointer, int rank, int line) {
-  const auto offset = static_cast<const unsigned char*>(pointer) - shared_memory();
-  if (offset < 0 || offset >= static_cast<ptrdiff_t>(block->shared->bytes()))
-    fail("map_to_peer: not an address in shared memory", line);
-  if (rank < 0 || rank >= static_cast<int>(cluster->size()))
-    fail("map_to_peer: no block " + std::to_string(rank) + " in the cluster", line);
-  return (*cluster)[static_cast<size_t>(rank)].shared->data() + offset;
 }
 
 // The lanes of `mask` meet; the last to arrive calls finish(values), indexed by lane; each returns its own value.
@@ -304,7 +280,7 @@ inline void on_fault(int, siginfo_t* info, void*) {
     std::snprintf(where, sizeof where, "%s of %zu bytes, at offset %td", kind, memory.bytes(), address - memory.data());
   };
   for (const auto& [data, memory] : buffers) describe("a buffer", *memory);
-  for (const Block& b : *cluster) describe("shared memory", *b.shared);
+  describe("shared memory", *block->shared);
   std::snprintf(failure, sizeof failure, "simt: out of bounds access: %s: %s", where, place(*fiber).c_str());
   _longjmp(scheduler, 1);
 }
@@ -354,50 +330,23 @@ class Scheduler {
     return order;
   }
 
-  // Runs the blocks of one cluster to their end. Greedy takes a block to its cluster barrier before the next starts.
-  void run(std::vector<Block>& blocks) {
-    cluster = &blocks;
-    for (size_t b = 0; b < blocks.size(); ++b) {
-      block = &blocks[b];
-      start(b);
-    }
-    for (;;) {
-      bool progress = false;
-      for (const size_t b : sequence(blocks.size())) {
-        block = &blocks[b];
-        bool again;
-        do {
-          again = options.greedy ? pass_by_warp() : pass(0, block->fibers.size());
-          again |= open_block_barrier();
-          progress |= again;
-        } while (again && options.greedy);
-        if (all(blocks[b], State::kDone)) std::memset(shared_memory(), 0xFF, block->shared->bytes());
-      }
-      const auto everywhere = [&](State state) {
-        return std::all_of(blocks.begin(), blocks.end(), [&](const Block& b) { return all(b, state); });
-      };
-      if (everywhere(State::kDone)) return;
-      if (everywhere(State::kCluster)) {
-        for (Block& b : blocks)
-          for (Fiber& f : b.fibers) f.state = State::kReady;
-      } else if (!progress) {
-        deadlock();
-      }
+  void run(Block& current) {
+    block = &current;
+    start();
+    for (bool alive = true; alive;) {
+      const bool progress = options.greedy ? pass_by_warp() : pass(0, block->fibers.size());
+      alive = !release_barrier(progress);
     }
   }
 
  private:
-  static bool all(const Block& b, State state) {
-    return std::all_of(b.fibers.begin(), b.fibers.end(), [&](const Fiber& f) { return f.state == state; });
-  }
-
-  void start(size_t rank) {
+  void start() {
     std::memset(shared_memory(), 0xFF, block->shared->bytes());
     for (size_t i = 0; i < block->fibers.size(); ++i) {
       Fiber& f = block->fibers[i] = Fiber{};
       f.index = static_cast<int>(i);
       getcontext(&f.start);
-      f.start.uc_stack.ss_sp = stacks() + (rank * kMaxThreads + i) * kStackBytes;
+      f.start.uc_stack.ss_sp = stacks() + i * kStackBytes;
       f.start.uc_stack.ss_size = kStackBytes;
       f.start.uc_link = nullptr;
       makecontext(&f.start, fiber_main, 0);
@@ -426,37 +375,25 @@ class Scheduler {
     return progress;
   }
 
-  // Opens the running block's barrier when every live fiber stands at it; true when it did.
-  static bool open_block_barrier() {
-    const Fiber* at_barrier = nullptr;
-    bool elsewhere = false;
+  // Opens the block barrier when every live fiber stands at it; true when none is alive.
+  static bool release_barrier(bool progress) {
+    const Fiber *at_barrier = nullptr, *elsewhere = nullptr, *runnable = nullptr;
     for (const Fiber& f : block->fibers) {
-      elsewhere |= f.state != State::kBarrier && f.state != State::kDone;
+      if (f.state == State::kReady) runnable = &f;
+      if (f.state == State::kWarp) elsewhere = &f;
       if (f.state != State::kBarrier) continue;
       if (at_barrier != nullptr && at_barrier->line != f.line) stuck("divergent __syncthreads", *at_barrier, f);
       at_barrier = &f;
     }
-    if (elsewhere || at_barrier == nullptr) return false;
-    for (Fiber& f : block->fibers)
-      if (f.state == State::kBarrier) f.state = State::kReady;
-    return true;
-  }
-
-  // Names one that waits in a warp, or at the cluster's barrier, and one at another place.
-  [[noreturn]] static void deadlock() {
-    for (Block& b : *cluster) {
-      const Fiber *waits = nullptr, *other = nullptr;
-      for (const State state : {State::kBarrier, State::kCluster, State::kWarp}) {
-        for (const Fiber& f : b.fibers) {
-          if (f.state != state) continue;
-          if (waits != nullptr && waits->state != state) other = waits;
-          waits = &f;
-        }
-      }
-      block = &b;
-      if (waits != nullptr) stuck("deadlock", *waits, other != nullptr ? *other : *waits);
+    if (runnable != nullptr) return false;
+    if (elsewhere == nullptr && at_barrier == nullptr) return true;
+    if (elsewhere == nullptr) {
+      for (Fiber& f : block->fibers)
+        if (f.state == State::kBarrier) f.state = State::kReady;
+    } else if (!progress) {
+      stuck("deadlock", *elsewhere, at_barrier != nullptr ? *at_barrier : *elsewhere);
     }
-    throw Error("simt: deadlock");
+    return false;
   }
 
   [[noreturn]] static void stuck(const char* what, const Fiber& a, const Fiber& b) {
@@ -468,7 +405,7 @@ class Scheduler {
 
   // Mapped once, never given back; the system commits the pages that are used.
   static char* stacks() {
-    static void* const memory = mmap(nullptr, kMaxClusterSize * kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+    static void* const memory = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return static_cast<char*>(memory);
   }
@@ -476,34 +413,24 @@ class Scheduler {
   std::mt19937 random_;
 };
 
-// `cluster_size` neighbours in x run together; 0 launches without clusters.
-inline cudaError_t launch(dim3 grid, unsigned cluster_size, unsigned threads, size_t shared_bytes,
-                          std::function<void()> kernel) {
-  if (shared_bytes > (cluster_size > 0 ? kClusterSharedLimit : kSharedLimit)) return cudaErrorInvalidValue;
-  if (threads == 0 || threads > kMaxThreads || cluster_size > kMaxClusterSize) return cudaErrorInvalidValue;
-  const size_t together = std::max(cluster_size, 1u);
-  if (grid.x % together != 0) return cudaErrorInvalidValue;
+inline cudaError_t launch(dim3 grid, unsigned threads, size_t shared_bytes, std::function<void()> kernel) {
+  if (shared_bytes > kSharedLimit || threads == 0 || threads > kMaxThreads) return cudaErrorInvalidValue;
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) return cudaErrorInvalidValue;
   FaultHandler handler;
   Scheduler schedule;
   shared_bytes = (shared_bytes + 15) / 16 * 16;
-  std::deque<GuardedMemory> memories;
-  std::vector<Block> blocks(together);
-  for (Block& current : blocks) {
-    current.grid = grid;
-    current.fibers.resize(threads);
-    current.warps.resize((threads + kWarp - 1) / kWarp);
-    current.kernel = kernel;
-    current.shared = &memories.emplace_back(shared_bytes, /*at_end=*/true);
-  }
+  const GuardedMemory shared(shared_bytes, /*at_end=*/true);
+  Block current;
+  current.grid = grid;
+  current.fibers.resize(threads);
+  current.warps.resize((threads + kWarp - 1) / kWarp);
+  current.kernel = std::move(kernel);
+  current.shared = &shared;
   failure[0] = '\0';
-  for (const size_t i : schedule.sequence(size_t{grid.x} * grid.y * grid.z / together)) {
-    for (size_t b = 0; b < together; ++b) {
-      const size_t at = i * together + b;
-      blocks[b].index = dim3(static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
-                             static_cast<unsigned>(at / grid.x / grid.y));
-    }
-    schedule.run(blocks);
+  for (const size_t i : schedule.sequence(size_t{grid.x} * grid.y * grid.z)) {
+    current.index = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                         static_cast<unsigned>(i / grid.x / grid.y));
+    schedule.run(current);
   }
   return cudaSuccess;
 }
@@ -630,12 +557,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  switch (which) {
-    case cudaDevAttrMultiProcessorCount: *value = simt::options.processors; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = simt::kClusterSharedLimit; break;
-    case cudaDevAttrClusterLaunch: *value = simt::options.clusters; break;
-  }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = simt::options.processors;
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t error) {

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator import HERE, SCHEDULES, Emulator, Schedule, line_of
-from primitives import (
-    MMA_ATOL,
-    bit_operations,
-    copies,
-    copies_8,
-    fragments,
-    handed_around,
-    matrices,
-    sparse_fragments,
-)
+from emulator import SCHEDULES, Emulator, Schedule
+from primitives import MMA_ATOL, bit_operations, copies, copies_8, fragments, matrices, sparse_fragments
 
 
 @pytest.fixture
@@ -88,27 +79,6 @@ def test_bit_operations(emulator: Emulator, generator: torch.Generator) -> None:
     out = emulator.empty(32, 4, dtype=torch.int32)
     emulator.call("run_bits", *map(emulator.copy, inputs), out)
     assert torch.equal(out, expected)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_shared_memory_of_a_cluster(emulator: Emulator, schedule: Schedule, generator: torch.Generator) -> None:
-    data, expected = handed_around(generator)
-    out = emulator.empty(4, 32, dtype=torch.int32)
-    with emulator.using(schedule):
-        emulator.call("run_pass_around", emulator.copy(data), out)
-    assert torch.equal(out, expected)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-@pytest.mark.parametrize("barrier", ["// all values are there", "// all values are handed on"])
-def test_a_missing_cluster_barrier_shows(
-    emulator: Emulator, schedule: Schedule, barrier: str, generator: torch.Generator
-) -> None:
-    data, expected = handed_around(generator)
-    out = emulator.empty(4, 32, dtype=torch.int32)
-    with emulator.using(schedule), emulator.without(line_of(HERE / "primitives.cu", barrier)):
-        emulator.call("run_pass_around", emulator.copy(data), out)
-    assert not torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
