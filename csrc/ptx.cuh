@@ -32,20 +32,6 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-__device__ __forceinline__ uint32_t load_shared_32(uint32_t address) {
-  uint32_t out;
-  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(out) : "r"(address) : "memory");
-  return out;
-}
-
-// The same pointer, of which the compiler no longer knows how it came to be: kept in a register, not computed again for
-// every access at some distance from it.
-template <typename T>
-__device__ __forceinline__ T* opaque(T* pointer) {
-  asm("" : "+l"(pointer));
-  return pointer;
-}
-
 // Starts copying 16 bytes from global to shared memory, past L1; both addresses are 16-byte aligned.
 // Only the first `bytes` are read, the rest of the destination is zeroed.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
@@ -143,23 +129,6 @@ __device__ __forceinline__ void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&
 }
 
 #else  // The emulated twins. `line` is the caller's, for messages and for fault injection.
-
-inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - simt::shared_memory());
-}
-
-inline uint32_t load_shared_32(uint32_t address, int line = __builtin_LINE()) {
-  const unsigned char* from = simt::shared_memory() + address;
-  simt::require_aligned(from, 4, "ld.shared", line);
-  uint32_t out;
-  std::memcpy(&out, from, sizeof out);
-  return out;
-}
-
-template <typename T>
-T* opaque(T* pointer) {
-  return pointer;
-}
 
 inline void cp_async_16(void* shared, const void* global, int bytes, int line = __builtin_LINE()) {
   simt::async_copy(shared, global, 16, bytes, line);

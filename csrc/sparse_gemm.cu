@@ -56,31 +56,31 @@ __device__ __forceinline__ int swizzle(int row, int chunk) { return chunk ^ ((ro
 // kChunks chunks of kCount rows from `source` on into shared memory, with zeros where rows or columns end.
 // `aligned`: a chunk is wholly valid or not, and on a 16-byte boundary.
 template <typename T, int kChunks, int kCount>
-__device__ __forceinline__ void load_rows(unsigned char* shared, const T* source, int pitch, int64_t rows_left,
-                                          int columns_left, bool aligned) {
+__device__ __forceinline__ void load_rows(unsigned char* shared, const T* source, int64_t pitch, int64_t rows_left,
+                                          int64_t columns_left, bool aligned) {
   constexpr int kStep = kThreads / kChunks;
   static_assert(kStep % 8 == 0 || kStep >= kCount, "a thread's rows share one permutation");
   const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-  const int left = columns_left - chunk * kVector<T>;
+  const int64_t left = columns_left - chunk * kVector<T>;
   unsigned char* target = shared + (first * kChunks + swizzle(first, chunk)) * 16;
-  const T* from = source + int64_t{first} * pitch + chunk * kVector<T>;
+  const T* from = source + first * pitch + chunk * kVector<T>;
   if (aligned) {
     const int64_t inside = left > 0 ? rows_left - first : 0;
 #pragma unroll
     for (int row = 0; row < kCount; row += kStep) {
       if (kCount < kStep && first >= kCount) break;
       ptx::cp_async_16(target + row * kChunks * 16, row < inside ? from : source, row < inside ? 16 : 0);
-      from += int64_t{kStep} * pitch;
+      from += kStep * pitch;
     }
     return;
   }
-  const int valid = left >= kVector<T> ? kVector<T> : left > 0 ? left : 0;
+  const int valid = left >= kVector<T> ? kVector<T> : left > 0 ? static_cast<int>(left) : 0;
   for (int row = 0; row < kCount && first + row < kCount; row += kStep) {
     T* elements = reinterpret_cast<T*>(target + row * kChunks * 16);
     for (int i = 0; i < kVector<T>; ++i) {
       elements[i] = row < rows_left - first && i < valid ? from[i] : from_float<T>(0.0f);
     }
-    from += int64_t{kStep} * pitch;
+    from += kStep * pitch;
   }
 }
 
@@ -93,14 +93,13 @@ struct Tokens {
   static constexpr int kChunks = kStageColumns / kVector<T>;
   static constexpr int kRowBytes = kChunks * 16;
   const T* x;
-  int64_t tokens;
-  int inputs;
+  int64_t tokens, inputs;
   bool aligned;
 
   template <int kRows>
-  __device__ __forceinline__ void load(unsigned char* shared, int token0, int column0) const {
-    load_rows<T, kChunks, kRows>(shared, x + int64_t{token0} * inputs + column0, inputs, tokens - token0,
-                                 inputs - column0, aligned);
+  __device__ __forceinline__ void load(unsigned char* shared, int64_t token0, int64_t column0) const {
+    load_rows<T, kChunks, kRows>(shared, x + token0 * inputs + column0, inputs, tokens - token0, inputs - column0,
+                                 aligned);
   }
 
   // Four neighbouring elements, from a column that is a multiple of four.
@@ -124,20 +123,15 @@ struct Nm {
 
   const T* values;
   const uint8_t* metadata;
-  int64_t outputs;
-  int inputs;
+  int64_t outputs, inputs;
   bool aligned;
 
-  struct Source {};
-  __device__ __forceinline__ Source find(int64_t, int) const { return {}; }
-
-  __device__ __forceinline__ void load(unsigned char* shared, const Source&, int64_t row0, int column0) const {
-    const int64_t rows_left = outputs - row0;
-    const int kept = inputs / 2;
+  __device__ __forceinline__ void load(unsigned char* shared, int64_t row0, int64_t column0) const {
+    const int64_t rows_left = outputs - row0, kept = inputs / 2;
     load_rows<T, kChunks, kRows>(shared, values + row0 * kept + column0 / 2, kept, rows_left, kept - column0 / 2,
                                  aligned);
     const int row = threadIdx.x / 2, piece = threadIdx.x % 2;  // Eight bytes of metadata a thread, for 64 columns.
-    const int pitch = static_cast<int>(ceil_divide(inputs, 8)), byte = column0 / 8 + piece * 8;
+    const int64_t pitch = ceil_divide(inputs, 8), byte = column0 / 8 + piece * 8;
     unsigned char* target = shared + kRows * kRowBytes + row * kMetadataRowBytes + piece * 8;
     const uint8_t* source = metadata + (row0 + row) * pitch + byte;
     if (aligned && row < rows_left && byte < pitch) {
@@ -244,37 +238,28 @@ struct Bitmap {
   const T* values;
   const uint8_t* bitmap;
   const int64_t* offsets;
-  int tile_columns;
+  int64_t tile_columns;
 
-  // Where a thread's part of a unit's values lies. Looked up a unit ahead, so that nothing waits for it.
-  struct Source {
-    int64_t tile, first;  // `tile` is -1 past the matrix.
-    int chunks;
-  };
-  __device__ __forceinline__ Source find(int64_t row0, int column0) const {
-    const int column = column0 / kTile + threadIdx.x / 64;  // Half of the threads for each tile.
-    if (column >= tile_columns) return {-1, 0, 0};
-    const int64_t tile = row0 / kTile * tile_columns + column, first = __ldg(offsets + tile);
-    return {tile, first, static_cast<int>(__ldg(offsets + tile + 1) - first) / kVector<T>};
-  }
-
-  __device__ __forceinline__ void load(unsigned char* shared, const Source& from, int64_t, int) const {
-    const int thread = threadIdx.x % 64;
-    unsigned char* target = ptx::opaque(shared + threadIdx.x / 64 * kTileBytes + thread * 16);
+  // Half of the threads for each tile.
+  __device__ __forceinline__ void load(unsigned char* shared, int64_t row0, int64_t column0) const {
+    const int half = threadIdx.x / 64, thread = threadIdx.x % 64;
+    const int64_t column = column0 / kTile + half, tile = row0 / kTile * tile_columns + column;
+    const bool inside = column < tile_columns;
+    unsigned char* target = shared + half * kTileBytes;
     if (thread < kBitmapBytes / 16) {
-      const bool inside = from.tile >= 0;
-      const uint8_t* bits = bitmap + (inside ? from.tile * kBitmapBytes + thread * 16 : 0);
-      ptx::cp_async_16(target + kTileElements * sizeof(T), bits, inside ? 16 : 0);
+      const uint8_t* bits = bitmap + (inside ? tile * kBitmapBytes + thread * 16 : 0);
+      ptx::cp_async_16(target + kTileElements * sizeof(T) + thread * 16, bits, inside ? 16 : 0);
     }
-    const T* source = ptx::opaque(values + from.first + thread * kVector<T>);
-    const int left = from.chunks - thread;
-#pragma unroll
-    for (int chunk = 0; chunk < kTileElements / kVector<T>; chunk += 64) {
-      if (chunk < left) ptx::cp_async_16(target + chunk * 16, source + chunk * kVector<T>, 16);
+    if (!inside) return;
+    const int64_t first = __ldg(offsets + tile), past = __ldg(offsets + tile + 1);
+    const int chunks = static_cast<int>(past - first) / kVector<T>;
+#pragma unroll 1
+    for (int chunk = thread; chunk < chunks; chunk += 64) {
+      ptx::cp_async_16(target + chunk * 16, values + first + chunk * kVector<T>, 16);
     }
   }
 
-  // What a warp knows of its tile: where the values of rows 2 lane (low half) and 2 lane + 1 begin, in bytes.
+  // What a warp knows of its tile: the places where the values of rows 2 lane (low half) and 2 lane + 1 begin.
   struct Starts {
     const unsigned char* tile;
     unsigned mine;
@@ -284,7 +269,7 @@ struct Bitmap {
       const uint4 bits = reinterpret_cast<const uint4*>(tile + kTileElements * sizeof(T))[threadIdx.x % 32];
       const int first = __popc(bits.x) + __popc(bits.y), second = __popc(bits.z) + __popc(bits.w);
       const unsigned start = static_cast<unsigned>(scan_warp(first + second) - first - second);
-      mine = (start | (start + first) << 16) * static_cast<unsigned>(sizeof(T));  // 16 KB at most.
+      mine = start | (start + first) << 16;
     }
     __device__ __forceinline__ unsigned of(int row) const {
       return __shfl_sync(kFullWarp, mine, row / 2) >> (row % 2 * 16) & 0xffff;
@@ -293,71 +278,69 @@ struct Bitmap {
 
   // A row of the warp's tile, of which this lane takes columns 16 step + 4 in_quad .. + 4 for step < 4.
   struct Row {
-    uint2 holes;             // The complement of the bits: that no column of four is a hole takes one instruction.
-    uint32_t start, middle;  // Shared addresses of the values of columns 0 and 32.
+    uint2 bits;
+    unsigned start, middle;  // Where in the tile the values of columns 0 and 32 begin, in bytes.
 
     Row() = default;
-    __device__ __forceinline__ Row(const Starts& starts, int row) {
-      const uint2 bits = reinterpret_cast<const uint2*>(starts.tile + kTileElements * sizeof(T))[row];
-      start = ptx::shared_address(starts.tile) + starts.of(row);
-      middle = start + __popc(bits.x) * static_cast<uint32_t>(sizeof(T));
-      holes = {~bits.x, ~bits.y};
+    __device__ __forceinline__ Row(const Starts& starts, int row)
+        : bits(reinterpret_cast<const uint2*>(starts.tile + kTileElements * sizeof(T))[row]),
+          start(starts.of(row) * sizeof(T)) {
+      middle = start + __popc(bits.x) * sizeof(T);
     }
 
-    // The holes of the lane's four columns as the lowest bits, and where their values begin.
-    __device__ __forceinline__ unsigned four_holes(int step, uint32_t* first) const {
-      const unsigned word = step < 2 ? holes.x : holes.y, shift = step % 2 * 16 + threadIdx.x % 4 * 4;
-      *first = (step < 2 ? start : middle) + __popc(~word & ((1u << shift) - 1)) * static_cast<uint32_t>(sizeof(T));
+    // The bits of the lane's four columns as the lowest ones, and where their values begin, in bytes.
+    __device__ __forceinline__ unsigned four_bits(int step, unsigned* first) const {
+      const unsigned word = step < 2 ? bits.x : bits.y, shift = step % 2 * 16 + threadIdx.x % 4 * 4;
+      *first = (step < 2 ? start : middle) + __popc(word & ((1u << shift) - 1)) * sizeof(T);
       return word >> shift;
     }
   };
 
-  // The four columns of a 16-bit type as two pairs. `table` is selectors_of(~lane % 16): a shuffle looks it up.
-  static __device__ __forceinline__ void pairs(const Row& row, int step, uint32_t table, uint32_t* low,
-                                               uint32_t* high) {
-    uint32_t first;
-    const unsigned holes = row.four_holes(step, &first);
-    const uint32_t selectors = __shfl_sync(kFullWarp, table, holes);  // The lane is holes % 32.
-    const bool all = (holes & 15) == 0;
-    const uint32_t words = first & ~3u;
-    const uint32_t second = ptx::load_shared_32(words + 4);
+  // The four columns of a 16-bit type as two pairs. `table` is selectors_of(lane % 16), so that a shuffle looks it up.
+  static __device__ __forceinline__ void pairs(const unsigned char* tile, const Row& row, int step, uint32_t table,
+                                               uint32_t* low, uint32_t* high) {
+    unsigned first;
+    const unsigned bits = row.four_bits(step, &first);
+    const uint32_t selectors = __shfl_sync(kFullWarp, table, bits);  // The lane is bits % 32.
+    const bool all = (~bits & 15) == 0;
+    const auto* words = reinterpret_cast<const uint32_t*>(tile + (first & ~3u));
     uint32_t third = 0;
-    if (all) third = ptx::load_shared_32(words + 8);
-    const uint32_t left = __funnelshift_r(ptx::load_shared_32(words), second, first * 8);  // May begin inside a word.
-    uint32_t right = __funnelshift_r(second, third, first * 8);
+    if (all) third = words[2];
+    const uint32_t left = __funnelshift_r(words[0], words[1], first * 8);  // Values may begin inside a word.
+    uint32_t right = __funnelshift_r(words[1], third, first * 8);
     if (!all) right &= 0xffff;
     *low = ptx::prmt(left, right, selectors);
     *high = ptx::prmt(left, right, selectors >> 16);
   }
 
   struct PlainRows {
+    const unsigned char* tile;
     Row rows[4];
     uint32_t table;
 
-    __device__ __forceinline__ explicit PlainRows(const unsigned char* shared)
-        : table(selectors_of(~threadIdx.x % 16)) {
+    __device__ __forceinline__ explicit PlainRows(const unsigned char* shared) : table(selectors_of(threadIdx.x % 16)) {
       const Position at;
       const Starts starts(shared);
+      tile = starts.tile;
 #pragma unroll
       for (int i = 0; i < 4; ++i) rows[i] = Row(starts, at.row0 + i * 8 + at.quad);
     }
     __device__ __forceinline__ void four(int i, int step, float (&out)[4]) const {
       if constexpr (std::is_same_v<T, float>) {
-        uint32_t first;
-        const unsigned holes = rows[i].four_holes(step, &first);
+        unsigned first;
+        const unsigned bits = rows[i].four_bits(step, &first);
+        const auto* value = reinterpret_cast<const float*>(tile + first);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           out[c] = 0.0f;
-          if (holes >> c & 1) continue;
-          out[c] = __uint_as_float(ptx::load_shared_32(first));
-          first += sizeof(T);
+          if (bits >> c & 1) out[c] = *value++;
         }
       } else {
         union {
           uint32_t words[2];
           T elements[4];
         };
-        pairs(rows[i], step, table, &words[0], &words[1]);
+        pairs(tile, rows[i], step, table, &words[0], &words[1]);
 #pragma unroll
         for (int c = 0; c < 4; ++c) out[c] = to_float(elements[c]);
       }
@@ -370,7 +353,7 @@ struct Bitmap {
   static __device__ __forceinline__ void multiply(float (&sums)[2][kTiles][4], int tiles, const unsigned char* shared,
                                                   const unsigned char* x) {
     const Position at;
-    const uint32_t table = selectors_of(~threadIdx.x % 16);
+    const uint32_t table = selectors_of(threadIdx.x % 16);
     const Starts starts(shared);
     Row rows[2][2];
 #pragma unroll
@@ -387,8 +370,8 @@ struct Bitmap {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         uint32_t a[4];
-        pairs(rows[i][0], step, table, &a[0], &a[2]);
-        pairs(rows[i][1], step, table, &a[1], &a[3]);
+        pairs(starts.tile, rows[i][0], step, table, &a[0], &a[2]);
+        pairs(starts.tile, rows[i][1], step, table, &a[1], &a[3]);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           if (j > 0 && j >= tiles) break;
@@ -486,9 +469,8 @@ struct Sums<T, Weight, 0> {
 
 // How the work is shared. A tile is kRows outputs of up to kTokens tokens, `stages` units of work. The units of all
 // tiles, one tile after the other, are cut into as many runs as there are blocks: `longer` of `each` + 1 units and the
-// rest of `each`. So every block streams as much as any other, to within a stage, whatever the shape. A tile whose
-// units lie in several blocks is finished by the last of them to arrive, which adds all their sums in the order of the
-// blocks.
+// rest of `each`. So every block streams as much as any other, to within a stage, whatever the shape. A tile whose units
+// lie in several blocks is finished by the last of them to arrive, which adds all their sums in the order of the blocks.
 struct Shares {
   int stages, across;  // units of a tile; tiles of the same outputs, neighbours, so that all but one find W in L2
   int each, longer;
@@ -581,7 +563,7 @@ __device__ __noinline__ void deliver(float4* tile, const Output<T>& out, const P
 }
 
 template <typename T, typename Weight, int kTiles, int kStages>
-__global__ void __launch_bounds__(kThreads, kTiles == 1 ? 5 : 3)
+__global__ void __launch_bounds__(kThreads, kTiles == 1 ? 4 : 3)
     stream(Weight weight, Tokens<T> x, Output<T> out, Shares shares) {
   PYPRUNE_SHARED_MEMORY(shared);
   using Mine = Sums<T, Weight, kTiles>;
@@ -590,16 +572,13 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 5 : 3)
   const int first = shares.first(blockIdx.x), count = shares.first(blockIdx.x + 1) - first;
   Place at(shares, first), ahead = at;
 
-  const auto find = [&] { return weight.find(int64_t{ahead.rows} * kRows, ahead.stage * kStageColumns); };
-  typename Weight::Source source = find();
   const auto load = [&](int step) {
     if (step < count) {
       unsigned char* stage = shared + step % kStages * kStageBytes;
-      const int column0 = ahead.stage * kStageColumns;  // Less than inputs + kStageColumns.
-      weight.load(stage, source, int64_t{ahead.rows} * kRows, column0);
-      x.template load<Mine::kTokens>(stage + Weight::kBytes, ahead.tokens * Mine::kTokens, column0);
+      const int64_t column0 = int64_t{ahead.stage} * kStageColumns;
+      weight.load(stage, int64_t{ahead.rows} * kRows, column0);
+      x.template load<Mine::kTokens>(stage + Weight::kBytes, int64_t{ahead.tokens} * Mine::kTokens, column0);
       ahead.advance(shares);
-      if (step + 1 < count) source = find();
     }
     ptx::cp_async_commit();  // Also when empty, so that the wait below can count groups.
   };
@@ -672,14 +651,11 @@ int run(Problem<T, Weight<T>> p) {
   }
 }
 
-bool valid(const SparseShape& s) {
-  constexpr int64_t kMost = INT32_MAX - kStageColumns;  // columns and tokens are counted in ints
-  return s.tokens >= 0 && s.tokens <= kMost && s.inputs >= 0 && s.inputs <= kMost && s.outputs >= 0;
-}
+bool valid(const SparseShape& s) { return s.tokens >= 0 && s.inputs >= 0 && s.inputs <= INT32_MAX && s.outputs >= 0; }
 
 template <typename T>
 Tokens<T> tokens(const SparseShape& s, const void* x) {
-  return {static_cast<const T*>(x), s.tokens, static_cast<int>(s.inputs), s.inputs % kVector<T> == 0 && aligned(x, 16)};
+  return {static_cast<const T*>(x), s.tokens, s.inputs, s.inputs % kVector<T> == 0 && aligned(x, 16)};
 }
 
 template <typename T>
@@ -696,7 +672,7 @@ int nm_linear(SparseShape s, SparsePlan plan, int dtype, const void* x, const vo
   return with_float(dtype, [&](auto zero) -> int {
     using T = decltype(zero);
     const bool whole = s.inputs % kTile == 0 && aligned(values, 16) && aligned(metadata, 8);
-    const Nm<T> weight{static_cast<const T*>(values), metadata, s.outputs, static_cast<int>(s.inputs), whole};
+    const Nm<T> weight{static_cast<const T*>(values), metadata, s.outputs, s.inputs, whole};
     return run<Nm, T>(
         {weight, tokens<T>(s, x), output<T>(s, bias, y, room), plan, static_cast<cudaStream_t>(stream)});
   });
@@ -707,8 +683,7 @@ int bitmap_linear(SparseShape s, SparsePlan plan, int dtype, const void* x, cons
   if (!valid(s) || !aligned(values, 16) || !aligned(bitmap, 16)) return cudaErrorInvalidValue;
   return with_float(dtype, [&](auto zero) -> int {
     using T = decltype(zero);
-    const int tile_columns = static_cast<int>(ceil_divide(s.inputs, kTile));
-    const Bitmap<T> weight{static_cast<const T*>(values), bitmap, offsets, tile_columns};
+    const Bitmap<T> weight{static_cast<const T*>(values), bitmap, offsets, ceil_divide(s.inputs, kTile)};
     return run<Bitmap, T>(
         {weight, tokens<T>(s, x), output<T>(s, bias, y, room), plan, static_cast<cudaStream_t>(stream)});
   });

@@ -6,9 +6,9 @@ measurement. For each op and size of an element a table has rows
 
     [up to so many tokens, "tensor cores" or "plain", blocks for each multiprocessor]
 
-with tokens rising; more blocks than a multiprocessor runs at once come too late to share equally, so "default" has what
-an A100 runs. Above the last row the weight is expanded and multiplied by torch. 2:4 on sm_90a, where the build has it,
-goes to CUTLASS from "cutlass_tokens" on, whatever the rows say (null for never).
+with tokens rising; more blocks than a multiprocessor runs at once come too late to share equally. Above the last row
+the weight is expanded and multiplied by torch; or, 2:4 on sm_90a where the build has it, given to CUTLASS, from
+"cutlass_tokens" on (null for never).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ __global__ void copy(const uint4* in, const int* bytes, uint4* out) {
   out[32 + lane] = second[31 - lane];
 }
 
-// The same of 8 bytes each, one group, read back word by word at shared addresses.
+// The same of 8 bytes each, one group.
 __global__ void copy_8(const uint2* in, const int* bytes, uint2* out) {
   PYPRUNE_SHARED_MEMORY(shared);
   uint2* tile = reinterpret_cast<uint2*>(shared);
@@ -34,8 +34,7 @@ __global__ void copy_8(const uint2* in, const int* bytes, uint2* out) {
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
-  const uint32_t address = ptx::shared_address(ptx::opaque(tile + 31 - lane));
-  out[lane] = {ptx::load_shared_32(address), ptx::load_shared_32(address + 4)};
+  out[lane] = tile[31 - lane];
 }
 
 template <bool kTransposed>

@@ -542,11 +542,6 @@ inline unsigned long long atomicMin(unsigned long long* target, unsigned long lo
   *target = std::min(before, value);
   return before;
 }
-inline float __uint_as_float(unsigned bits) {
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float __bfloat162float(__nv_bfloat16 value) { return simt::to_float(value); }
 inline __nv_bfloat16 __float2bfloat16(float value) { return simt::to_bfloat16(value); }
