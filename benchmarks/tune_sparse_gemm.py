@@ -1,4 +1,4 @@
-"""Measures which kernel, on how many blocks, multiplies fastest by a packed weight on this GPU, and keeps the table.
+"""Measures which kernel, in how many parts, multiplies fastest by a packed weight on this GPU, and keeps the table.
 
     python benchmarks/tune_sparse_gemm.py --save
 
@@ -31,7 +31,7 @@ LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 """[out, in] of an 8B Llama's products: queries, keys and values; attention's output; gate and up; down."""
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CUTLASS_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
-BLOCKS = (1, 2, 3, 4, 5, 6)
+BLOCKS = (1, 2, 3, 4, 6, 8)
 PLAIN_TOKENS = 16
 """Beyond them the plain kernel, which reads the weight once for four tokens, is not tried."""
 DEVICE = torch.device("cuda")
@@ -175,7 +175,7 @@ class OnDevice:
         if not isinstance(choice, str):
             kernel, blocks = choice
             processors = torch.cuda.get_device_properties(0).multi_processor_count
-            plan = plans.Plan(kernel == "tensor cores", blocks * processors)
+            plan = plans.Plan(kernel == "tensor cores", plans.splits(blocks * processors, layer[1], layer[0]))
         with (
             patch.object(sparse_gemm, "plan", lambda *arguments: plan),
             patch.object(sparse_gemm, "suits_cutlass", lambda *arguments: choice == "cutlass"),

@@ -11,6 +11,7 @@
 //   stream<Bitmap>, 9-64           2 (1 - s) + 1/8    15 us at s = 0.5      11 at 64 tokens          10   66 KB
 //   stream<Nm>, plain, fp32        2 + 1/8            29 us                 16 for 4 tokens          19   76 KB
 //   stream<Bitmap>, plain, fp32    4 (1 - s) + 1/8    29 us at s = 0.5      18 for 4 tokens          19   70 KB
+//   finish                         4 splits a result, written before, read here, from L2                  none
 //
 // Floors at 3.35 TB/s. Instructions are those of the fast path in sm_90a's machine code, a lane's; "of" is what an
 // H100's SM can issue while it receives that weight (128 lanes a clock, 14.5 bytes a clock); at s = 0.7 that is 6.4 for
@@ -18,11 +19,8 @@
 // nearly free on tensor cores, 1/8 of an instruction: that is why they serve a single token too, and the plain kernel
 // fp32.
 //
-// All blocks run at once and stream equal shares ("How the work is shared"); the sums of a tile that several share go
-// through L2: 4 bytes a result and block, written once and read once.
-//
-// Every address past the matrix reads as zero weights. Registers: docs/kernels.md. No atomics on floats: parts of a sum
-// are added in the order of the blocks.
+// Every address past the matrix reads as zero weights. Registers: docs/kernels.md. No atomics: with splits, `finish`
+// adds partial sums in order.
 #include "device.cuh"
 #include "ptx.cuh"
 #include "sparse_gemm.h"
@@ -38,6 +36,7 @@ constexpr int kTile = 64;  // columns of W that a warp takes of a stage
 constexpr int kStageColumns = 128;
 constexpr int kWarpRows = 32;  // of W; warps 0, 1 the left tile of a stage, warps 2, 3 the right one
 constexpr int kPlainTokens = 4;
+constexpr int kFinishThreads = 256;
 
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);
@@ -391,8 +390,7 @@ struct Output {
   int64_t tokens, outputs;
   const T* bias;  // or null
   T* y;
-  float4* partial;              // [2 blocks, tokens of a tile, kRows / 4]: sums over a part of the inputs
-  unsigned long long* tickets;  // [tiles]: how many blocks have left theirs; zero before and after
+  float* partial;  // [splits,tokens,outputs], or null: this block's sums are whole
 
   __device__ __forceinline__ void store(int64_t at, int64_t output, float sum) const {
     y[at] = from_float<T>(bias == nullptr ? sum : sum + to_float(bias[output]));
@@ -467,118 +465,26 @@ struct Sums<T, Weight, 0> {
   }
 };
 
-// How the work is shared. A tile is kRows outputs of up to kTokens tokens, `stages` units of work. The units of all
-// tiles, one tile after the other, are cut into as many runs as there are blocks: `longer` of `each` + 1 units and the
-// rest of `each`. So every block streams as much as any other, to within a stage, whatever the shape. A tile whose units
-// lie in several blocks is finished by the last of them to arrive, which adds all their sums in the order of the blocks.
-struct Shares {
-  int stages, across;  // units of a tile; tiles of the same outputs, neighbours, so that all but one find W in L2
-  int each, longer;
-
-  // A block's first unit, which is the end of the block before it.
-  __device__ __forceinline__ int first(int block) const { return block * each + (block < longer ? block : longer); }
-  __device__ __forceinline__ int block_of(int unit) const {
-    const int end = longer * (each + 1);
-    return unit < end ? unit / (each + 1) : longer + (unit - end) / each;
-  }
-};
-
-// Where a unit lies.
-struct Place {
-  int rows, tokens, stage;  // each in its own unit: kRows, kTokens, kStageColumns
-
-  __device__ __forceinline__ Place(const Shares& shares, int unit) : stage(unit % shares.stages) {
-    const int tile = unit / shares.stages;
-    rows = tile / shares.across;
-    tokens = tile % shares.across;
-  }
-  __device__ __forceinline__ void advance(const Shares& shares) {
-    if (++stage < shares.stages) return;
-    stage = 0;
-    if (++tokens < shares.across) return;
-    tokens = 0;
-    ++rows;
-  }
-};
-
-// Takes a tile's sums, or this block's part of them, out of `tile`, [tokens][kRows] in shared memory. The last block to
-// leave a part adds them all. An integer counts them: the order of arrival decides who adds, not in which order.
-// Not inlined: its registers would cost the loop one of the blocks of a multiprocessor.
-template <typename T, int kTokens>
-__device__ __noinline__ void deliver(float4* tile, const Output<T>& out, const Place& at, const Shares& shares,
-                                        int unit, int tokens) {
-  constexpr int kPieces = kTokens * kRows / 4 / kThreads > 0 ? kTokens * kRows / 4 / kThreads : 1;  // of a thread
-  const int pieces = tokens * (kRows / 4);
-  const int first_unit = unit - at.stage, first = shares.block_of(first_unit);
-  const int parts = shares.block_of(first_unit + shares.stages - 1) - first + 1;
-  const auto store = [&](int piece, float4 sums) {
-    const int64_t output = int64_t{at.rows} * kRows + piece % (kRows / 4) * 4;
-    const int64_t to = (int64_t{at.tokens} * kTokens + piece / (kRows / 4)) * out.outputs + output;
-    if (output < out.outputs) out.store(to, output, sums.x);
-    if (output + 1 < out.outputs) out.store(to + 1, output + 1, sums.y);
-    if (output + 2 < out.outputs) out.store(to + 2, output + 2, sums.z);
-    if (output + 3 < out.outputs) out.store(to + 3, output + 3, sums.w);
-  };
-  if (parts == 1) {
-    for (int i = threadIdx.x; i < pieces; i += kThreads) store(i, tile[i]);
-    return;
-  }
-  // A block shares at most two tiles: its first, which others began, and its last, which it begins.
-  const int64_t pitch = (out.tokens < kTokens ? out.tokens : kTokens) * (kRows / 4);
-  float4* mine = out.partial + (int64_t{blockIdx.x} * 2 + (static_cast<int>(blockIdx.x) == first)) * pitch;
-  for (int i = threadIdx.x; i < pieces; i += kThreads) mine[i] = tile[i];
-  __threadfence();
-  __syncthreads();  // All of this block's part is written, and `tile` is read: its end takes the ticket.
-  auto* ticket = reinterpret_cast<unsigned long long*>(tile + pieces) - 1;
-  unsigned long long* arrived = out.tickets + first_unit / shares.stages;
-  if (threadIdx.x == 0) *ticket = atomicAdd(arrived, 1ull);
-  __syncthreads();
-  if (*ticket != static_cast<unsigned long long>(parts - 1)) return;
-  __threadfence();
-  if (threadIdx.x == 0) *arrived = 0;
-  float4 sums[kPieces];
-  const float4* part = out.partial + (int64_t{first} * 2 + 1) * pitch + threadIdx.x;
-#pragma unroll
-  for (int k = 0; k < kPieces; ++k) {
-    if (static_cast<int>(threadIdx.x) + k * kThreads < pieces) sums[k] = __ldcg(part + k * kThreads);
-  }
-  part -= pitch;
-#pragma unroll(kPieces == 1 ? 4 : 1)
-  for (int i = 1; i < parts; ++i) {
-#pragma unroll
-    for (int k = 0; k < kPieces; ++k) {
-      if (static_cast<int>(threadIdx.x) + k * kThreads >= pieces) break;
-      const float4 more = __ldcg(part + i * 2 * pitch + k * kThreads);
-      sums[k].x += more.x;
-      sums[k].y += more.y;
-      sums[k].z += more.z;
-      sums[k].w += more.w;
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < kPieces; ++k) {
-    const int piece = static_cast<int>(threadIdx.x) + k * kThreads;
-    if (piece < pieces) store(piece, sums[k]);
-  }
-}
-
+// Block (b, s, t): outputs 64 b .. + 64, the s-th part of the stages, the t-th kTokens tokens.
 template <typename T, typename Weight, int kTiles, int kStages>
-__global__ void __launch_bounds__(kThreads, kTiles == 1 ? 4 : 3)
-    stream(Weight weight, Tokens<T> x, Output<T> out, Shares shares) {
+__global__ void __launch_bounds__(kThreads, 3)
+    stream(Weight weight, Tokens<T> x, Output<T> out, int64_t stages, int64_t stages_per_split) {
   PYPRUNE_SHARED_MEMORY(shared);
   using Mine = Sums<T, Weight, kTiles>;
+  const int64_t row0 = int64_t{blockIdx.x} * kRows, token0 = int64_t{blockIdx.z} * Mine::kTokens;
+  const int64_t first = blockIdx.y * stages_per_split;
+  const int count = static_cast<int>((stages - first < stages_per_split ? stages - first : stages_per_split));
+  const int64_t tokens_left = x.tokens - token0;
+  const int tokens = tokens_left < Mine::kTokens ? static_cast<int>(tokens_left) : Mine::kTokens;
+  const int tiles = (tokens + 7) / 8;
   constexpr int kStageBytes = Weight::kBytes + Mine::kTokens * Tokens<T>::kRowBytes;
-  static_assert(kStageBytes >= Mine::kTokens * kRows * static_cast<int>(sizeof(float)), "a stage takes a tile's sums");
-  const int first = shares.first(blockIdx.x), count = shares.first(blockIdx.x + 1) - first;
-  Place at(shares, first), ahead = at;
 
   const auto load = [&](int step) {
     if (step < count) {
       unsigned char* stage = shared + step % kStages * kStageBytes;
-      const int64_t column0 = int64_t{ahead.stage} * kStageColumns;
-      weight.load(stage, int64_t{ahead.rows} * kRows, column0);
-      x.template load<Mine::kTokens>(stage + Weight::kBytes, int64_t{ahead.tokens} * Mine::kTokens, column0);
-      ahead.advance(shares);
+      const int64_t column0 = (first + step) * kStageColumns;
+      weight.load(stage, row0, column0);
+      x.template load<Mine::kTokens>(stage + Weight::kBytes, token0, column0);
     }
     ptx::cp_async_commit();  // Also when empty, so that the wait below can count groups.
   };
@@ -588,26 +494,37 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 4 : 3)
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // This stage has arrived for all; all are done with the one that is loaded next.
     load(step + kStages - 1);
-    unsigned char* stage = shared + step % kStages * kStageBytes;
-    const int64_t tokens_left = x.tokens - int64_t{at.tokens} * Mine::kTokens;
-    const int tokens = tokens_left < Mine::kTokens ? static_cast<int>(tokens_left) : Mine::kTokens;
-    const int tiles = (tokens + 7) / 8;
+    const unsigned char* stage = shared + step % kStages * kStageBytes;
     sums.add(stage, stage + Weight::kBytes, tiles);
-    if (at.stage == shares.stages - 1 || step == count - 1) {
-      float* tile = reinterpret_cast<float*>(stage);  // [token][row]
-      __syncthreads();                                // The stage is read.
-      if (Position().half == 1) {
-        sums.finish(tiles, [&](int row, int token, float sum) { tile[token * kRows + row] = sum; });
-      }
-      __syncthreads();
-      if (Position().half == 0) {
-        sums.finish(tiles, [&](int row, int token, float sum) { tile[token * kRows + row] += sum; });
-      }
-      __syncthreads();
-      deliver<T, Mine::kTokens>(reinterpret_cast<float4*>(tile), out, at, shares, first + step, tokens);
-      sums = Mine();
+  }
+  __syncthreads();  // The last stage is read; its memory takes the sums of both halves, [half][token][row].
+
+  float* tile = reinterpret_cast<float*>(shared);
+  const int half = Position().half;
+  sums.finish(tiles, [&](int row, int token, float sum) { tile[(half * Mine::kTokens + token) * kRows + row] = sum; });
+  __syncthreads();
+  for (int i = threadIdx.x; i < tokens * kRows; i += kThreads) {
+    const int64_t output = row0 + i % kRows, at = (token0 + i / kRows) * out.outputs + output;
+    if (output >= out.outputs) continue;
+    const float sum = tile[i] + tile[Mine::kTokens * kRows + i];
+    if (out.partial != nullptr) {
+      out.partial[blockIdx.y * out.tokens * out.outputs + at] = sum;
+    } else {
+      out.store(at, output, sum);
     }
-    at.advance(shares);
+  }
+}
+
+// y from the sums of all splits. 4 bytes read per split and result, of few enough tokens to come from L2.
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads) finish(Output<T> out, int splits) {
+  const int64_t output = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
+  if (output >= out.outputs) return;
+  for (int64_t token = blockIdx.y; token < out.tokens; token += gridDim.y) {
+    const int64_t at = token * out.outputs + output;
+    float sum = 0.0f;
+    for (int split = 0; split < splits; ++split) sum += out.partial[split * out.tokens * out.outputs + at];
+    out.store(at, output, sum);
   }
 }
 
@@ -626,13 +543,15 @@ struct Problem {
   cudaError_t run() {
     constexpr int kTokens = Sums<T, Weight, kTiles>::kTokens;
     const int64_t stages = x.inputs > 0 ? ceil_divide(x.inputs, kStageColumns) : 1;
-    const int64_t across = ceil_divide(x.tokens, kTokens), units = stages * ceil_divide(out.outputs, kRows) * across;
-    if (units > INT32_MAX) return cudaErrorInvalidValue;
-    const int all = static_cast<int>(units), count = plan.blocks < all ? plan.blocks : all;
-    const Shares shares{static_cast<int>(stages), static_cast<int>(across), all / count, all % count};
+    const int64_t per_split = ceil_divide(stages, plan.splits), splits = ceil_divide(stages, per_split);
+    if (splits == 1) out.partial = nullptr;
     constexpr size_t kBytes = kStages * (Weight::kBytes + kTokens * Tokens<T>::kRowBytes);
-    return launch(stream<T, Weight, kTiles, kStages>, dim3(blocks(count)), kThreads, kBytes, queue, weight, x, out,
-                  shares);
+    const dim3 grid(blocks(ceil_divide(out.outputs, kRows)), blocks(splits), blocks(ceil_divide(x.tokens, kTokens)));
+    const cudaError_t error =
+        launch(stream<T, Weight, kTiles, kStages>, grid, kThreads, kBytes, queue, weight, x, out, stages, per_split);
+    if (error != cudaSuccess || splits == 1) return error;
+    const dim3 few(blocks(ceil_divide(out.outputs, kFinishThreads)), blocks(x.tokens < 65535 ? x.tokens : 65535));
+    return launch(pyprune::finish<T>, few, kFinishThreads, 0, queue, out, static_cast<int>(splits));
   }
 };
 
@@ -640,9 +559,9 @@ struct Problem {
 template <template <typename> class Weight, typename T>
 int run(Problem<T, Weight<T>> p) {
   constexpr bool kNm = std::is_same_v<Weight<T>, Nm<T>>;
-  if (p.plan.blocks < 1) return cudaErrorInvalidValue;
+  if (p.plan.splits < 1) return cudaErrorInvalidValue;
   if (p.x.tokens == 0 || p.out.outputs == 0) return cudaSuccess;
-  if (p.out.partial == nullptr || !aligned(p.out.partial, 16) || p.out.tickets == nullptr) return cudaErrorInvalidValue;
+  if (p.plan.splits > 1 && p.out.partial == nullptr) return cudaErrorInvalidValue;
   if (!p.plan.tensor_cores) return p.template run<0, kNm ? 4 : 2>();
   if constexpr (std::is_same_v<T, float>) {
     return cudaErrorInvalidValue;
@@ -659,33 +578,32 @@ Tokens<T> tokens(const SparseShape& s, const void* x) {
 }
 
 template <typename T>
-Output<T> output(const SparseShape& s, const void* bias, void* y, SparseWorkspace room) {
-  return {s.tokens, s.outputs, static_cast<const T*>(bias), static_cast<T*>(y),
-          reinterpret_cast<float4*>(room.partial), room.tickets};
+Output<T> output(const SparseShape& s, const void* bias, void* y, float* partial) {
+  return {s.tokens, s.outputs, static_cast<const T*>(bias), static_cast<T*>(y), partial};
 }
 
 }  // namespace
 
 int nm_linear(SparseShape s, SparsePlan plan, int dtype, const void* x, const void* values, const uint8_t* metadata,
-              const void* bias, void* y, SparseWorkspace room, void* stream) {
+              const void* bias, void* y, float* partial, void* stream) {
   if (!valid(s) || s.inputs % 4 != 0) return cudaErrorInvalidValue;
   return with_float(dtype, [&](auto zero) -> int {
     using T = decltype(zero);
     const bool whole = s.inputs % kTile == 0 && aligned(values, 16) && aligned(metadata, 8);
     const Nm<T> weight{static_cast<const T*>(values), metadata, s.outputs, s.inputs, whole};
     return run<Nm, T>(
-        {weight, tokens<T>(s, x), output<T>(s, bias, y, room), plan, static_cast<cudaStream_t>(stream)});
+        {weight, tokens<T>(s, x), output<T>(s, bias, y, partial), plan, static_cast<cudaStream_t>(stream)});
   });
 }
 
 int bitmap_linear(SparseShape s, SparsePlan plan, int dtype, const void* x, const void* values, const uint8_t* bitmap,
-                  const int64_t* offsets, const void* bias, void* y, SparseWorkspace room, void* stream) {
+                  const int64_t* offsets, const void* bias, void* y, float* partial, void* stream) {
   if (!valid(s) || !aligned(values, 16) || !aligned(bitmap, 16)) return cudaErrorInvalidValue;
   return with_float(dtype, [&](auto zero) -> int {
     using T = decltype(zero);
     const Bitmap<T> weight{static_cast<const T*>(values), bitmap, offsets, ceil_divide(s.inputs, kTile)};
     return run<Bitmap, T>(
-        {weight, tokens<T>(s, x), output<T>(s, bias, y, room), plan, static_cast<cudaStream_t>(stream)});
+        {weight, tokens<T>(s, x), output<T>(s, bias, y, partial), plan, static_cast<cudaStream_t>(stream)});
   });
 }
 

@@ -5,8 +5,7 @@
 // - x [tokens,inputs], y [tokens,outputs], bias [outputs] (or null) are contiguous, row-major elements of `dtype`.
 //   Products are accumulated in fp32.
 // - All pointers are device pointers of the current device; `stream` is a cudaStream_t. No function synchronises.
-// - Any size may be zero, inputs at most 2^31 - 1, and the product has at most 2^31 - 1 units of 64 outputs, 128 inputs
-//   and, by tokens, 64 (plain: 4) tokens. Pointers need the alignment of their elements; bitmap and its values
+// - Any size may be zero, inputs at most 2^31 - 1. Pointers need the alignment of their elements; bitmap and its values
 // need 16 bytes, and
 //   multiples of 16 bytes (2:4: rows of a multiple of 64 inputs) take the fast path for the others.
 // - y is overwritten. Results are bitwise the same from run to run, for the same `plan`.
@@ -27,25 +26,21 @@ struct SparseShape {
 
 struct SparsePlan {
   // Tensor cores: bf16 and fp16, 64 tokens at a time. Otherwise plain multiply-adds: also fp32, four tokens at a time.
+  // At most 65535 times, and as many splits.
   bool tensor_cores;
-  // How many blocks (at least 1; fewer where the work is less) share the products equally. Best are no more than the
-  // device runs at once.
-  int blocks;
-};
-
-struct SparseWorkspace {
-  float* partial;               // [2 blocks, min(tokens, 64), 64], 16-byte aligned; contents undefined before and after
-  unsigned long long* tickets;  // [ceil(outputs / 64), ceil(tokens / 4)], all zero before and after; no other call that
-                                // may run at the same time has the same ones.
+  // The inputs are cut into so many parts (at least 1), of which blocks of their own sum the products; a second kernel
+  // adds them in order. More than one needs `partial`, fp32 [splits,tokens,outputs], contents undefined before and
+  // after.
+  int splits;
 };
 
 // values [outputs, inputs/2], metadata [outputs, ceil(inputs/8)]: 2:4 alone; inputs a multiple of four.
 int nm_linear(SparseShape shape, SparsePlan plan, int dtype, const void* x, const void* values, const uint8_t* metadata,
-              const void* bias, void* y, SparseWorkspace workspace, void* stream);
+              const void* bias, void* y, float* partial, void* stream);
 
 // values [offsets[tiles]], bitmap [tiles,64,8], offsets [tiles + 1].
 int bitmap_linear(SparseShape shape, SparsePlan plan, int dtype, const void* x, const void* values,
-                  const uint8_t* bitmap, const int64_t* offsets, const void* bias, void* y, SparseWorkspace workspace,
+                  const uint8_t* bitmap, const int64_t* offsets, const void* bias, void* y, float* partial,
                   void* stream);
 
 }  // namespace pyprune

@@ -66,20 +66,17 @@ SparseShape sparse_shape(const py::tuple& sizes) {
 }
 
 void bind_cuda(py::module_& m) {
-  m.def("nm_linear", [](const py::tuple& shape, bool tensor_cores, int blocks, int dtype, Address x, Address values,
-                        Address metadata, Address bias, Address y, Address partial, Address tickets, Address stream) {
-    const SparseWorkspace workspace{pointer<float>(partial), pointer<unsigned long long>(tickets)};
-    check(nm_linear(sparse_shape(shape), {tensor_cores, blocks}, dtype, pointer(x), pointer(values),
-                    pointer<uint8_t>(metadata), pointer(bias), pointer(y), workspace, pointer(stream)),
+  m.def("nm_linear", [](const py::tuple& shape, bool tensor_cores, int splits, int dtype, Address x, Address values,
+                        Address metadata, Address bias, Address y, Address partial, Address stream) {
+    check(nm_linear(sparse_shape(shape), {tensor_cores, splits}, dtype, pointer(x), pointer(values),
+                    pointer<uint8_t>(metadata), pointer(bias), pointer(y), pointer<float>(partial), pointer(stream)),
           "nm_linear");
   });
-  m.def("bitmap_linear", [](const py::tuple& shape, bool tensor_cores, int blocks, int dtype, Address x, Address values,
-                            Address bitmap, Address offsets, Address bias, Address y, Address partial, Address tickets,
-                            Address stream) {
-    const SparseWorkspace workspace{pointer<float>(partial), pointer<unsigned long long>(tickets)};
-    check(bitmap_linear(sparse_shape(shape), {tensor_cores, blocks}, dtype, pointer(x), pointer(values),
-                        pointer<uint8_t>(bitmap), pointer<int64_t>(offsets), pointer(bias), pointer(y), workspace,
-                        pointer(stream)),
+  m.def("bitmap_linear", [](const py::tuple& shape, bool tensor_cores, int splits, int dtype, Address x, Address values,
+                            Address bitmap, Address offsets, Address bias, Address y, Address partial, Address stream) {
+    check(bitmap_linear(sparse_shape(shape), {tensor_cores, splits}, dtype, pointer(x), pointer(values),
+                        pointer<uint8_t>(bitmap), pointer<int64_t>(offsets), pointer(bias), pointer(y),
+                        pointer<float>(partial), pointer(stream)),
           "bitmap_linear");
   });
 #ifdef PYPRUNE_WITH_CUTLASS

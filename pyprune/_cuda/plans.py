@@ -1,4 +1,4 @@
-"""Which kernel multiplies by a packed weight, and how many blocks share the work: a table for each kind of GPU.
+"""Which kernel multiplies by a packed weight, and into how many parts it cuts the sum: a table for each kind of GPU.
 
 `sparse_gemm.json` holds the tables, by the device's name as torch tells it; `benchmarks/tune_sparse_gemm.py` measures
 one and adds it. A kind that is not there takes "default": what the counts of docs/kernels.md suggest, not a
@@ -6,9 +6,8 @@ measurement. For each op and size of an element a table has rows
 
     [up to so many tokens, "tensor cores" or "plain", blocks for each multiprocessor]
 
-with tokens rising; more blocks than a multiprocessor runs at once come too late to share equally. Above the last row
-the weight is expanded and multiplied by torch; or, 2:4 on sm_90a where the build has it, given to CUTLASS, from
-"cutlass_tokens" on (null for never).
+with tokens rising. Above the last row the weight is expanded and multiplied by torch; or, 2:4 on sm_90a where the build
+has it, given to CUTLASS, from "cutlass_tokens" on (null for never).
 """
 
 from __future__ import annotations
@@ -23,6 +22,10 @@ import torch
 from torch import Tensor
 
 TABLES = Path(__file__).with_name("sparse_gemm.json")
+ROWS = 64
+"""Outputs of a block (csrc/sparse_gemm.cu)."""
+STAGE = 128
+"""Inputs of a stage, the least that a part has (csrc/sparse_gemm.cu)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Plan:
     """SparsePlan of csrc/sparse_gemm.h."""
 
     tensor_cores: bool
-    blocks: int
+    splits: int
 
 
 @cache
@@ -48,13 +51,14 @@ def machine(device: torch.device) -> tuple[str, int]:
     return properties.name if properties.name in tables() else "default", properties.multi_processor_count
 
 
-def plan(op: str, x: Tensor) -> Plan | None:
-    """How to multiply x [tokens, inputs] by a packed weight, or None for expanding it."""
+def plan(op: str, x: Tensor, outputs: int) -> Plan | None:
+    """How to multiply x [tokens, inputs] by a weight of so many outputs, or None for expanding it."""
+    tokens, inputs = x.shape
     kind, processors = machine(x.device)
     size = "32-bit" if x.dtype == torch.float32 else "16-bit"
     for most_tokens, kernel, blocks in tables()[kind][op][size]:
-        if len(x) <= most_tokens:
-            return Plan(kernel == "tensor cores", blocks * processors)
+        if tokens <= most_tokens:
+            return Plan(kernel == "tensor cores", splits(blocks * processors, inputs, outputs))
     return None
 
 
@@ -66,3 +70,9 @@ def suits_cutlass(x: Tensor, outputs: int) -> bool:
     least = tables()[machine(x.device)[0]]["cutlass_tokens"]
     takes = x.dtype in (torch.bfloat16, torch.float16) and inputs % 16 == 0 and outputs % 8 == 0 and outputs > 0
     return takes and least is not None and tokens >= least
+
+
+def splits(blocks: int, inputs: int, outputs: int) -> int:
+    """Parts of the sum that make at least so many blocks, as far as there are stages."""
+    wanted = -(-blocks // max(1, -(-outputs // ROWS)))
+    return max(1, min(wanted, -(-inputs // STAGE)))

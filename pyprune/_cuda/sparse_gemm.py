@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -21,49 +19,12 @@ COPY_TOKENS = 360
 """Tokens whose product costs as much as copying the weight, on an H100: (4 bytes / 3.35 TB/s) / (2 / 600 TFLOP/s)."""
 
 
-ROWS = 64
-"""Outputs of a block (csrc/sparse_gemm.cu)."""
-RESERVE = 1 << 18
-"""Tickets of a device, 2 MiB, for calls that are captured in CUDA graphs."""
-
-
-class Tickets:
-    """Zeros by which blocks count each other (csrc/sparse_gemm.h); a launch leaves them zero.
-
-    Launches that may run at the same time must not share them. Those of one stream run one after the other and do.
-    A captured one may be replayed on any stream, beside anything, and has some of its own for good, from a reserve made
-    by the first call that is not captured. Without a reserve, or when it is used up, they are zeroed inside the graph.
-    """
-
-    def __init__(self) -> None:
-        self.of_stream: dict[tuple[torch.device, int], Tensor] = {}
-        self.reserve: dict[torch.device, Tensor] = {}
-
-    def take(self, device: torch.device, stream: int, count: int) -> Tensor:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            left = self.reserve.get(device)
-            if left is None or len(left) < count:
-                return torch.zeros(count, dtype=torch.int64, device=device)
-            self.reserve[device] = left[count:]
-            return left[:count]
-        if device.type == "cuda" and device not in self.reserve:
-            self.reserve[device] = torch.zeros(RESERVE, dtype=torch.int64, device=device)
-        found = self.of_stream.get((device, stream))
-        if found is None or len(found) < count:
-            found = self.of_stream[device, stream] = torch.zeros(count, dtype=torch.int64, device=device)
-        return found
-
-
 class SparseGemm(Bitmap, Nm, NmAdamw):
     """The family's ops, and those that they need for many tokens."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.tickets = Tickets()
-
     def nm_linear(self, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
         if (n, m) == (2, 4):
-            chosen = plan("nm_linear", x)
+            chosen = plan("nm_linear", x, len(values))
             if chosen is not None:
                 return self._multiply("nm_linear", chosen, x, (values, metadata), bias, len(values))
             if hasattr(self.kernels, "nm_linear_cutlass") and suits_cutlass(x, len(values)):
@@ -81,7 +42,7 @@ class SparseGemm(Bitmap, Nm, NmAdamw):
         out_features: int,
         in_features: int,
     ) -> Tensor:
-        chosen = plan("bitmap_linear", x)
+        chosen = plan("bitmap_linear", x, out_features)
         if chosen is None:
             return linear(x, self.bitmap_unpack(values, bitmap, offsets, out_features, in_features), bias)
         weight = (sixteen_bytes(values), sixteen_bytes(bitmap), offsets)
@@ -109,21 +70,20 @@ class SparseGemm(Bitmap, Nm, NmAdamw):
     def _multiply(
         self, function: str, chosen: Plan, x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, outputs: int
     ) -> Tensor:
-        """Calls a launcher: shape, plan and dtype, addresses, room for parts of sums, tickets, the stream."""
+        """Calls a launcher: shape, plan and dtype, addresses, room for the parts of the sum, the stream."""
         tokens, inputs = x.shape
         y = x.new_empty(tokens, outputs)
-        partial = x.new_empty(2 * chosen.blocks, min(tokens, 64), ROWS, dtype=torch.float32)
+        parts = chosen.splits if chosen.splits > 1 else 0
+        partial = x.new_empty(parts, tokens, outputs, dtype=torch.float32)
+        addresses = [address(tensor) for tensor in (x, *weight, bias, y, partial)]
         with torch.cuda.device_of(x):
-            stream = self.stream(x.device)
-            tickets = self.tickets.take(x.device, stream, -(-outputs // ROWS) * -(-tokens // 4))
-            addresses = [address(tensor) for tensor in (x, *weight, bias, y, partial, tickets)]
             getattr(self.kernels, function)(
                 (tokens, inputs, outputs),
                 chosen.tensor_cores,
-                chosen.blocks,
+                chosen.splits,
                 DTYPE_CODES[x.dtype],
                 *addresses,
-                stream,
+                self.stream(x.device),
             )
         return y
 

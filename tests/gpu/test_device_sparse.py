@@ -104,26 +104,6 @@ def test_functional_api(device: torch.device, op: str, dtype: torch.dtype, token
     assert (grad.cpu().double() - exact).abs().max() <= allowed
 
 
-def test_captured_products_side_by_side(device: torch.device) -> None:
-    """Two graphs of one stream's calls, replayed on two: their tickets must not be the same."""
-    product = Product("nm_linear", torch.bfloat16, True, 1)
-    tensors = {name: tensor.to(device) for name, tensor in product.inputs(Shape(8, 4096, 4096)).items()}
-    packed = tensors["values"], tensors["metadata"], 2, 4, tensors["bias"]
-    expected = ops.nm_linear(tensors["x"], *packed)
-    streams, graphs, results = [torch.cuda.Stream() for _ in range(2)], [], []
-    for _ in streams:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results.append([ops.nm_linear(tensors["x"], *packed) for _ in range(20)])
-        graphs.append(graph)
-    for _ in range(5):
-        for stream, graph in zip(streams, graphs, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(y, expected) for of_graph in results for y in of_graph)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packing_at_size(launchers: Launchers, dtype: torch.dtype) -> None:
     """Bit for bit what the reference makes on the device: more tiles and groups than one wave of blocks has threads."""

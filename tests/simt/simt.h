@@ -38,7 +38,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __noinline__
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -50,9 +49,6 @@ struct alignas(8) uint2 {
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
 };
 struct __nv_bfloat16 {
   uint16_t bits;
@@ -521,11 +517,6 @@ template <typename T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
-template <typename T>
-T __ldcg(const T* pointer) {
-  return *pointer;
-}
-inline void __threadfence() {}  // Blocks run one after the other.
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned bits) {
   return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));

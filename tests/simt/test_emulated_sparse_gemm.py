@@ -7,19 +7,18 @@ import re
 
 import pytest
 import torch
-from emulator import EAGER_GREEDY, LAZY, ROOT, SCHEDULES, Emulator, Order, Schedule
+from emulator import EAGER_GREEDY, LAZY, ROOT, SCHEDULES, Emulator, Schedule
 from sparse_checks import EMPTY_SHAPES, PRODUCTS, SHAPES, Launchers, Product, Shape, nm_weight, reference
 from torch import Tensor
 
 from pyprune import ops
 from pyprune._cuda import CudaKernels, plans
-from pyprune._cuda.sparse_gemm import Tickets
 from pyprune.reference.bits import pack_bits
 
 SOURCE = ROOT / "csrc/sparse_gemm.cu"
-BUSY = Shape(5, 1160, 136)  # Ten stages in each of three tiles: five blocks of six, two of which cross a border.
+BUSY = Shape(5, 1160, 72)  # Five stages a part: the last one lies where the first did. A rest everywhere.
 MORE_TOKENS = Shape(11, 520, 72)
-FORMATS = [product for product in PRODUCTS if product.dtype == torch.bfloat16 and product.blocks == 5]
+FORMATS = [product for product in PRODUCTS if product.dtype == torch.bfloat16 and product.splits == 2]
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
@@ -117,18 +116,17 @@ def test_reading_past_the_end_of_any_input_is_noticed(launchers: Launchers, prod
 
 def test_invalid_arguments_are_refused(emulator: Emulator) -> None:
     x = emulator.empty(64, 64, dtype=torch.float32).data_ptr()
-    for shape, tensor_cores, blocks, dtype, partial in (
-        ((1, 64, 64), True, 1, 0, x),  # fp32 on tensor cores
-        ((1, 64, 64), False, 2, 0, 0),  # no room for parts
-        ((1, 64, 64), False, 0, 0, x),
-        ((1, 66, 64), False, 1, 0, x),
-        ((1, 64, 64), False, 1, 3, x),
-        ((1, 2**20, 2**24), False, 1, 0, x),  # 2^31 units of work
+    for shape, tensor_cores, splits, dtype in (
+        ((1, 64, 64), True, 1, 0),  # fp32 on tensor cores
+        ((1, 64, 64), False, 2, 0),  # no room for two parts
+        ((1, 64, 64), False, 0, 0),
+        ((1, 66, 64), False, 1, 0),
+        ((1, 64, 64), False, 1, 3),
     ):
         with pytest.raises(RuntimeError, match="invalid argument"):
-            emulator.cuda.nm_linear(shape, tensor_cores, blocks, dtype, x, x, x, 0, x, partial, x, 0)
+            emulator.cuda.nm_linear(shape, tensor_cores, splits, dtype, x, x, x, 0, x, 0, 0)
     with pytest.raises(RuntimeError, match="invalid argument"):
-        emulator.cuda.bitmap_linear((1, 64, 64), False, 1, 0, x, x + 4, x, x, 0, x, x, x, 0)
+        emulator.cuda.bitmap_linear((1, 64, 64), False, 1, 0, x, x + 4, x, x, 0, x, 0, 0)
 
 
 # The ops of pyprune.ops on these kernels
@@ -212,18 +210,9 @@ def test_tables_are_well_formed() -> None:
                 assert size == "16-bit" or all(kernel == "plain" for _, kernel, _ in rows)
 
 
-def test_tickets_are_shared_by_calls_of_one_stream_only() -> None:
-    tickets, cpu = Tickets(), torch.device("cpu")
-    assert tickets.take(cpu, 1, 5) is tickets.take(cpu, 1, 4)
-    assert tickets.take(cpu, 2, 5) is not tickets.take(cpu, 1, 5)
-    assert len(tickets.take(cpu, 1, 9)) >= 9 and not tickets.take(cpu, 1, 9).any()
-
-
-@pytest.mark.parametrize("product", FORMATS, ids=str)
-@pytest.mark.parametrize("blocks", [2, 7, 29, 1000])
-def test_any_number_of_blocks(emulator: Emulator, launchers: Launchers, product: Product, blocks: int) -> None:
-    """More than there is work for, as many, one less; blocks within a tile, and over several."""
-    product, tensors = product._replace(blocks=blocks), product.inputs(BUSY)
-    for schedule in (LAZY, Schedule(Order.REVERSE, greedy=True, lazy=False)):
-        with emulator.using(schedule):
-            product.check(tensors, product.run(launchers, BUSY, tensors))
+def test_splits() -> None:
+    """H100: 132 multiprocessors. 4096 outputs are 64 blocks; 4 blocks each ask for 9 parts of the sum."""
+    assert plans.splits(4 * 132, 4096, 4096) == 9
+    assert plans.splits(4 * 132, 512, 4096) == 4, "a part has at least one stage"
+    assert plans.splits(4 * 132, 4096, 128256) == 1
+    assert plans.splits(528, 0, 0) == 1
