@@ -4,7 +4,7 @@
 
 For every op, size of an element and number of tokens, each plan runs on the layers of an 8B Llama at 50 % sparsity; the
 best one has the least product of its times over the layers. Tokens from which expanding the weight is faster end the
-table; where the build has CUTLASS's 2:4 product, from how many tokens on that one wins is measured too. Weights are
+table; where the build has CUTLASS's 2:4 product, from how many tokens on it beats both is measured too. Weights are
 cold: copies of them, together four times the L2 cache, take turns. Printed beside each row: its gain over torch's dense
 product and over expanding (above 1 is faster); at 50 % the formats allow 1.78x dense. With --save the table goes to
 pyprune/_cuda/sparse_gemm.json under the device's name (see pyprune/_cuda/plans.py).
@@ -102,9 +102,11 @@ def table_rows(rows: list[Row]) -> list[list[Any]]:
     return table
 
 
-def cutlass_tokens(measure: Measure, report: Callable[[str], object]) -> int | None:
-    """The tokens from which on CUTLASS's product is never slower than expanding, None if there are none."""
+def cutlass_tokens(measure: Measure, report: Callable[[str], object], rows: list[Row]) -> int | None:
+    """The tokens from which on CUTLASS's product is never slower than expanding, nor than the best plan where one was
+    tried; None if there are none. `rows`: those plans."""
     least = None
+    over_expanding_by_plan = {row.tokens: row.over_expanding for row in rows}
     for tokens in reversed(CUTLASS_TOKENS):
         times = {
             choice: [measure("nm_linear", torch.bfloat16, layer, tokens, choice) for layer in LAYERS]
@@ -113,7 +115,7 @@ def cutlass_tokens(measure: Measure, report: Callable[[str], object]) -> int | N
         over_dense = mean_ratio(times["dense"], times["cutlass"])
         over_expanding = mean_ratio(times["expand"], times["cutlass"])
         report(f"nm_linear by CUTLASS, {tokens} tokens: {over_dense:.2f}x dense, {over_expanding:.2f}x expanding")
-        if over_expanding < 1:
+        if over_expanding < max(1.0, over_expanding_by_plan.get(tokens, 0.0)):
             break
         least = tokens
     return least
@@ -122,6 +124,7 @@ def cutlass_tokens(measure: Measure, report: Callable[[str], object]) -> int | N
 def tune(measure: Measure, cutlass: bool, report: Callable[[str], object] = print) -> dict[str, Any]:
     """The device's table; without CUTLASS in the build its threshold stays that of "default"."""
     table: dict[str, Any] = {}
+    found: dict[str, list[Row]] = {}
     for op in ("nm_linear", "bitmap_linear"):
         table[op] = {}
         for size in DTYPES:
@@ -134,8 +137,9 @@ def tune(measure: Measure, cutlass: bool, report: Callable[[str], object] = prin
                     f"{row.over_dense:.2f}x dense, {row.over_expanding:.2f}x expanding"
                 )
             table[op][size] = table_rows(rows)
+            found[f"{op} {size}"] = rows
     default = plans.tables()["default"]["cutlass_tokens"]
-    table["cutlass_tokens"] = cutlass_tokens(measure, report) if cutlass else default
+    table["cutlass_tokens"] = cutlass_tokens(measure, report, found["nm_linear 16-bit"]) if cutlass else default
     return table
 
 
