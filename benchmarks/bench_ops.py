@@ -2,7 +2,7 @@
 
     python benchmarks/bench_ops.py --threads 2 --save
     python benchmarks/bench_ops.py --device cuda --save
-    python benchmarks/bench_ops.py --ops nm_linear bitmap_linear --tokens 1 16
+    python benchmarks/bench_ops.py --families linears --tokens 1 16
 
 Weights are those of Llama-2-7B and Llama-3-8B. `hsm` has a script of its own (bench_hsm.py), with torch.compile.
 """
@@ -10,6 +10,7 @@ Weights are those of Llama-2-7B and Llama-3-8B. `hsm` has a script of its own (b
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -84,7 +85,7 @@ def packed_linears(device: torch.device, tokens: list[int]) -> Iterator[Case]:
             contenders = {"dense": dense, "2:4": ours}
             theirs, why = semi_structured(half, x)
             contenders |= {"torch 2:4": theirs} if theirs else {}
-            operations, case = 2.0 * count * outputs * inputs, f"{label} {outputs}x{inputs} T={count} bfloat16"
+            operations, case = 2 * count * outputs * inputs, f"{label} {outputs}x{inputs} T={count} bfloat16"
             common = bytes_of((x,)) + 2 * count * outputs
             allowed = 4 * torch.finfo(torch.bfloat16).eps
             expected = x.double() @ half.double().T
@@ -94,7 +95,7 @@ def packed_linears(device: torch.device, tokens: list[int]) -> Iterator[Case]:
                 case,
                 contenders,
                 bytes_of(nm) + common,
-                operations / 2,
+                operations // 2,
                 x.dtype,
                 expected,
                 allowed,
@@ -141,7 +142,7 @@ def selected_linears(device: torch.device, tokens: list[int]) -> Iterator[Case]:
                 "pyprune": Contender(gathered, clones((narrow, weight, keep))),
             },
             bytes_of((sliced, narrow)) + 2 * count * outputs,
-            2.0 * count * outputs * len(keep),
+            2 * count * outputs * len(keep),
         )
         yield Case(
             "masked_linear",
@@ -152,7 +153,7 @@ def selected_linears(device: torch.device, tokens: list[int]) -> Iterator[Case]:
                 "pyprune": Contender(ops.masked_linear, clones((x, weight, bits))),
             },
             bytes_of((weight, bits, x)) + 2 * count * outputs,
-            2.0 * count * outputs * inputs,
+            2 * count * outputs * inputs,
             expected=x.double() @ masked.double().T,
             allowed=allowed,
         )
@@ -315,7 +316,7 @@ def solves(device: torch.device, tokens: list[int]) -> Iterator[Case]:
         }
         # of the products that carry errors on: each pair of columns once
         yield Case(
-            "sparsegpt_solve", f"{size}x{size} {name} float32", contenders, 2 * bytes_of((weight,)), float(size**3),
+            "sparsegpt_solve", f"{size}x{size} {name} float32", contenders, 2 * bytes_of((weight,)), size**3,
             torch.float32, graphs=False,
         )  # fmt: skip
 
@@ -339,15 +340,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 2048])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for one thread on a busy machine")
     parser.add_argument("--save", action="store_true", help="append to results.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     device = torch.device(arguments.device)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     print(conditions(arguments.threads))
     for name in arguments.families:
         for case in FAMILIES[name](device, arguments.tokens):
-            rows = run(case, device, arguments.rounds)
+            rows = run(case, device, arguments.rounds, clock)
             if arguments.save:  # case by case: what was measured stays when a later one fails
                 append(rows, arguments.device)
 

@@ -70,14 +70,14 @@ class Decoding:
         ).logits
 
 
-def operations(model: nn.Module, tokens: int) -> float:
+def operations(model: nn.Module, tokens: int) -> int:
     """Of the linears: two a weight and token; what is packed counts as dense."""
     size = sum(
         module.in_features * module.out_features
         for name, module in model.named_modules()
         if hasattr(module, "in_features") and "lm_head" not in name
     )
-    return 2.0 * size * tokens
+    return 2 * size * tokens
 
 
 def variants(
@@ -122,7 +122,7 @@ def main() -> None:
             decoding = {side: Decoding(m, batch, arguments.context, device) for side, m in sides.items()}
             contenders = {side: Contender(d.step, lambda: ()) for side, d in decoding.items()}
             title = f"{label} batch={batch} context={arguments.context}"
-            case = Case("decode a token", title, contenders, read_bytes(model), 2.0 * batch * read_bytes(model) / 2)
+            case = Case("decode a token", title, contenders, read_bytes(model), batch * read_bytes(model))
             save(run(case, device, arguments.rounds), arguments)
         for tokens in arguments.prompts:
             ids = torch.randint(dense.config.vocab_size, (1, tokens), device=device)

@@ -2,14 +2,14 @@
 
 A `Case` says what is computed, by whom, and the least bytes and operations that it takes. `run` checks every contender
 against the expected result, times them (`pyprune.timing`), and prints for each its time, its gain over the first one
-and the share of the floor's speed that it reaches. The floor is the longer of the bytes at the bandwidth of a large
-copy and the operations at the rate of a large matrix product, both measured on this machine in this process; on a CPU,
-where they do not overlap, their sum.
+and the share of the floor's speed that it reaches. The floor (`timing.floor`) is the longer of the bytes at the
+bandwidth of a large copy and the operations at the rate of a large product, both measured here in this process.
 """
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,8 +50,8 @@ class Case:
     op: str
     label: str
     contenders: dict[str, Contender]
-    bytes: float
-    operations: float = 0.0
+    bytes: int
+    operations: int = 0
     dtype: torch.dtype = torch.bfloat16
     expected: Tensor | None = None
     allowed: float = 0.0
@@ -62,13 +62,6 @@ class Case:
 def bytes_of(data: Sequence[object]) -> int:
     """Of all tensors among the data."""
     return sum(tensor.nbytes for tensor in data if isinstance(tensor, Tensor))
-
-
-def floor(case: Case, device: torch.device) -> float:
-    """Seconds that the case takes at least."""
-    moving = case.bytes / timing.copy_bandwidth(device)
-    computing = case.operations / timing.matmul_rate(device, case.dtype) if case.operations else 0.0
-    return max(moving, computing) if device.type == "cuda" else moving + computing
 
 
 def check(case: Case, name: str, result: object) -> None:
@@ -83,8 +76,9 @@ def check(case: Case, name: str, result: object) -> None:
         raise SystemExit(f"{case.op}, {case.label}: {name} is off by {error:.1e}, more than {case.allowed:.1e}")
 
 
-def run(case: Case, device: torch.device, rounds: int) -> list[Row]:
-    """Checks, measures, prints and returns the rows of one case, that of its floor last."""
+def run(case: Case, device: torch.device, rounds: int, clock: Callable[[], float] = time.perf_counter) -> list[Row]:
+    """Checks, measures, prints and returns the rows of one case, that of its floor last. `time.process_time` as the
+    clock of a CPU is for one thread on a busy machine."""
     sets: dict[str, list[Data]] = {}
     for name, contender in case.contenders.items():
         first = contender.make()
@@ -101,11 +95,12 @@ def run(case: Case, device: torch.device, rounds: int) -> list[Row]:
         device,
         {name: len(data) for name, data in sets.items()},
         graphs=case.graphs,
+        clock=clock,
     )
-    least, base = floor(case, device), found[next(iter(found))]
+    least, base = timing.floor(case.bytes, case.operations, device, case.dtype), found[next(iter(found))]
     print(f"\n{case.op}, {case.label}   floor {1e6 * least:.1f} us")
     rows = []
-    unit = "us GPU time" if device.type == "cuda" else "us"
+    unit = "us GPU time" if device.type == "cuda" else "us CPU time" if clock is time.process_time else "us"
     for name, times in found.items():
         eager = "" if times.graph or device.type == "cpu" else "   (launched one by one)"
         print(

@@ -106,7 +106,7 @@ def synchronisations() -> list[int]:
 
 
 def all_outputs(emulator: Emulator, launchers: Launchers, tensors: Tensors) -> Tensors:
-    """Every op's outputs on few processors (blocks own rows) and many (splits), and of the kernel for unaligned rows."""
+    """Every op's outputs on few processors (blocks own rows), many (splits), and by the kernel for unaligned rows."""
     results = {}
     for processors in (1, 1000):
         with emulator.using(replace(emulator.schedule, processors=processors)):
