@@ -541,8 +541,8 @@ __global__ void __launch_bounds__(kThreads) scale_rows(Matrix<T> matrix, const f
   if (i < matrix.rows * matrix.columns) out[i] = from_float<T>(scale[i / matrix.columns] * to_float(matrix.data[i]));
 }
 
-// out[c] = sum of parts[:, c], fp32, in a fixed order. Bytes: 4 rows columns, a few hundred rows at most: many warps with
-// eight rows each in flight, for latency. Grid: blocks of 32 columns.
+// out[c] = sum of parts[:, c], fp32, in a fixed order. Bytes: 4 rows columns, a few hundred rows at most: many warps
+// with eight rows each in flight, for latency. Grid: blocks of 32 columns.
 __global__ void __launch_bounds__(kSumThreads) sum_rows(Matrix<float> parts, float* out) {
   PYPRUNE_SHARED_MEMORY(shared);
   constexpr int kSumWarps = kSumThreads / 32;
@@ -552,7 +552,8 @@ __global__ void __launch_bounds__(kSumThreads) sum_rows(Matrix<float> parts, flo
   float sum = 0.0f;
   if (column < parts.columns) {
 #pragma unroll 8
-    for (int64_t row = warp; row < parts.rows; row += kSumWarps) sum += __ldg(parts.data + row * parts.columns + column);
+    for (int64_t row = warp; row < parts.rows; row += kSumWarps)
+      sum += __ldg(parts.data + row * parts.columns + column);
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
@@ -575,12 +576,12 @@ struct RmsBackward {
 };
 
 // Bytes: reads grad_residual_out, grad_normed and residual_out, writes grad_residual: 4 T n, the floor, 10 us for
-// T = n = 2048 on an H100. A thread has the same kPieces pieces of 16 bytes of every row, which keeps the column sums of
-// grad_weight in its registers, and takes two rows at once where n <= 2048 (in 16 bits), one where n <= 8192. They stay
-// in registers while the block adds up the rows' means of a * q, so nothing is read twice; 24 KB in flight per block,
-// two or three blocks per SM, one's loads beside the others' sums. Partial sums cost 4 n bytes per block.
-// For whole, aligned pieces. Shared memory: a float per row and warp, twice, so that one barrier a step is enough.
-// Grid: row blocks.
+// T = n = 2048 on an H100. A thread has the same kPieces pieces of 16 bytes of every row, which keeps the column sums
+// of grad_weight in its registers, and takes two rows at once where n <= 2048 (in 16 bits), one where n <= 8192. They
+// stay in registers while the block adds up the rows' means of a * q, so nothing is read twice; 24 KB in flight per
+// block, two or three blocks per SM, one's loads beside the others' sums. Partial sums cost 4 n bytes per block. For
+// whole, aligned pieces. Shared memory: a float per row and warp, twice, so that one barrier a step is enough. Grid:
+// row blocks.
 template <typename T, int kPieces>
 __global__ void __launch_bounds__(kThreads, kPieces == kHeldPieces ? 1 : 2) rms_backward_held(RmsBackward<T> p) {
   PYPRUNE_SHARED_MEMORY(shared);
@@ -641,10 +642,12 @@ __global__ void __launch_bounds__(kThreads, kPieces == kHeldPieces ? 1 : 2) rms_
       for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
         for (int e = 0; e < kVector<T>; ++e) {
-          const float g = to_float(grad[i][piece].elements[e]), normal = to_float(input[i][piece].elements[e]) * rstd[i];
+          const float g = to_float(grad[i][piece].elements[e]),
+                      normal = to_float(input[i][piece].elements[e]) * rstd[i];
           sums[piece][e] += g * normal;
-          out[i][piece].elements[e] = from_float<T>(to_float(out[i][piece].elements[e]) +
-                                                    rstd[i] * (to_float(weight[piece].elements[e]) * g - normal * mean));
+          out[i][piece].elements[e] =
+              from_float<T>(to_float(out[i][piece].elements[e]) +
+                            rstd[i] * (to_float(weight[piece].elements[e]) * g - normal * mean));
         }
         if (row + i < rows && column(piece) < p.columns)
           out[i][piece].store(p.grad_input + (row0 + row + i) * p.columns + column(piece));
@@ -749,7 +752,9 @@ struct ProjectPlan {
 
 int64_t rms_rows_per_block(int64_t tokens, int processors) {
   const int64_t rows = ceil_divide(tokens, 2 * processors);
-  return rows < kWarps ? kWarps : rows > kMaxRowsPerBlock ? kMaxRowsPerBlock : ceil_divide(rows, kHeldPieces) * kHeldPieces;
+  return rows < kWarps             ? kWarps
+         : rows > kMaxRowsPerBlock ? kMaxRowsPerBlock
+                                   : ceil_divide(rows, kHeldPieces) * kHeldPieces;
 }
 
 template <typename T>
