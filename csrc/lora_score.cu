@@ -32,7 +32,11 @@ constexpr int kBlockColumns = 512;  // of a block
 constexpr int kSlot = 8;  // ranks that one mma takes of either product of the gradient
 constexpr int kMostSlots = 4;
 constexpr int kRowsAtOnce = 8;  // of a warp: the mma's columns; its rows are columns of W
-constexpr int kAhead = 3;       // times kRowsAtOnce rows whose loads are under way
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kAhead = 2;  // times kRowsAtOnce rows whose loads are under way; a third would spill there
+#else
+constexpr int kAhead = 3;
+#endif
 
 // Two values as bf16 pairs, high + low.
 struct Split {

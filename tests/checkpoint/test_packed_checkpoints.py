@@ -104,7 +104,10 @@ def test_another_dtype_and_the_model_without_head(tmp_path: Path) -> None:
     checkpoint.save(model, None, tmp_path / "packed")
     half = load(tmp_path / "packed", dtype=torch.bfloat16)
     assert half.get_submodule("model.layers.0.mlp.up_proj").values.dtype == torch.bfloat16
-    torch.testing.assert_close(logits(half), logits(llama(dtype=torch.bfloat16)), rtol=0.05, atol=0.05)
+    # a packed product may round otherwise than torch's; neither is further from fp64 than twice the other
+    exact = logits(llama(dtype=torch.bfloat16).double())
+    dense = (logits(llama(dtype=torch.bfloat16)) - exact).abs().max()
+    assert (logits(half) - exact).abs().max() <= 2 * dense
     trunk = AutoModel.from_pretrained(tmp_path / "packed")
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
