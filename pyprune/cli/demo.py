@@ -33,7 +33,9 @@ show = experiment.show
 
 def options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
-    experiment.add_options(parser, argv, "lora,prune-then-tune", DEMO)
+    from pyprune.models import fast_dtype
+
+    experiment.add_options(parser, argv, "lora,prune-then-tune", DEMO | {"dtype": fast_dtype()})
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
