@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 from bench_hsm import measure
+from bench_ops import ADAMW, unfused
 from models import SHAPES, build, conditions, percentiles
 from results import Row, append
 from torch import Tensor, nn
@@ -46,24 +47,13 @@ Clock = Callable[[], float]
 # ------------------------------------------------------------------------------------------------------------- the op
 
 
-def unfused(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, pruned: Tensor) -> None:
-    """The step as one writes it in torch, with a mask of bytes and the weight rounded to nearest."""
-    m.lerp_(grad.float(), 0.1)
-    u = m + 6e-5 * (weight * pruned)
-    v.mul_(0.95).addcmul_(u, u, value=0.05)
-    denominator = (v / (1 - 0.95**3)).sqrt_().add_(1e-8)
-    weight.mul_(1 - 1e-5)
-    weight.addcdiv_(u.to(weight.dtype), denominator.to(weight.dtype), value=-1e-4 / (1 - 0.9**3))
-
-
 def bench_op(shape: tuple[int, int], dtype: torch.dtype, rounds: int, clock: Clock) -> list[Row]:
     """One weight of a size that no cache holds."""
     case = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}"
     weight, grad, kept = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.rand(shape) < 0.5
     m, v = torch.zeros(shape), torch.zeros(shape)
-    options = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "masked_decay": 6e-5, "step": 3}
     ours, theirs = ([weight.clone(), grad, m.clone(), v.clone()] for _ in range(2))
-    ops.nm_adamw_(*ours, pack_bits(kept), **options)
+    ops.nm_adamw_(*ours, pack_bits(kept), **ADAMW)
     unfused(*theirs, ~kept)
     torch.testing.assert_close(ours[0], theirs[0], rtol=2**-7, atol=1e-5)
     moved = weight.numel() * (3 * weight.element_size() + 16.125)
@@ -74,7 +64,7 @@ def bench_op(shape: tuple[int, int], dtype: torch.dtype, rounds: int, clock: Clo
     bits, pruned = pack_bits(kept), ~kept
     steps = {
         "copy": lambda: target.copy_(source),
-        "pyprune": lambda: ops.nm_adamw_(*ours, bits, **options),
+        "pyprune": lambda: ops.nm_adamw_(*ours, bits, **ADAMW),
         "unfused": lambda: unfused(*theirs, pruned),
         "fused AdamW": adamw.step,
     }
