@@ -1,5 +1,6 @@
 // The only inline PTX of the project: asynchronous copies, fragment loads and the 16-bit tensor-core product.
-// Every primitive has a twin that the SIMT emulator of the tests executes (PYPRUNE_SIMT); tests/gpu compares the two.
+// Every primitive has a twin that the SIMT emulator of the tests executes (PYPRUNE_SIMT). tests/simt holds the twins,
+// and tests/gpu the device, to the same formulas of the PTX ISA.
 //
 // Fragment layouts (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"), with group = lane / 4 and
 // pair = 2 * (lane % 4):

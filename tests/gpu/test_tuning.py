@@ -61,11 +61,12 @@ def trained(name: str, device: str, folder: Path) -> Trained:
 @pytest.mark.parametrize("name", METHODS)
 def test_ends_as_on_the_cpu(name: str, device: torch.device, tmp_path: Path) -> None:
     """In fp32, whose sums the GPU takes in another order, of which Adam makes more: the first loss, before any step,
-    holds what a wrong kernel would change; the others drift apart, by 1.5e-4 after eleven steps of PAT on an H100."""
+    holds what a wrong kernel would change; the others drift apart, by 1.5e-4 after eleven steps of PAT on an H100;
+    allowed is twice that."""
     losses, ours = trained(name, "cuda", tmp_path / "gpu")
     right, theirs = trained(name, "cpu", tmp_path / "cpu")
     assert losses[0] == pytest.approx(right[0], rel=1e-5)
-    assert losses == pytest.approx(right, rel=1e-3) and losses[-1] != losses[0]
+    assert losses == pytest.approx(right, rel=3e-4) and losses[-1] != losses[0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-3)
 
 

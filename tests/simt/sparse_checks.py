@@ -218,8 +218,8 @@ class Product(NamedTuple):
     def check(self, t: dict[str, Tensor], result: Tensor, bias: bool = True) -> None:
         """The largest error is at most twice that of plain torch in the same dtype, plus one rounding of the result.
 
-        (Of fp32, eight roundings: a lane adds its n terms one after the other, which errs by about sqrt(n) roundings of
-        the partial sums, 37 of them at 11,008 inputs, where cuBLAS cuts the sum into more parts.) A plain result that
+        (Of fp32, four roundings, more from 5,504 inputs on and eight at 11,008: a lane adds its eighth of the terms one
+        after the other, whose error grows with them, where cuBLAS cuts the sum into more parts.) A plain result that
         happens to be exact would otherwise demand exactness.
         """
         names = ("x", "weight", "bias") if bias else ("x", "weight")
@@ -229,7 +229,8 @@ class Product(NamedTuple):
         assert not result.isnan().any(), f"{self}: NaN: wrong, or never written"
         if exact.numel() == 0:
             return
-        slack = roundoff(self.dtype) * exact.abs().max() * (8 if self.dtype == torch.float32 else 1)
+        roundings = max(4, t["x"].shape[1] / 1376) if self.dtype == torch.float32 else 1
+        slack = roundoff(self.dtype) * exact.abs().max() * roundings
         error, allowed = (result.to(exact) - exact).abs().max(), 2 * (plain.double() - exact).abs().max() + slack
         assert error <= allowed, f"{self}: off by {error:.3e}, allowed {allowed:.3e}"
 
