@@ -81,12 +81,18 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
 
 def floating_point_operations(step: Callable[[], object]) -> int:
     """How many a step's matrix products and attention do, counted while it runs. All else costs bytes, not products."""
-    ours = torch.ops.pyprune
+    ours, aten = torch.ops.pyprune, torch.ops.aten
+    forward = (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+    )
     counts = {
         ours.hsm: lambda x, l0, v, l1, *_, **__: 2 * x[0] * l0[0] * (x[1] + l1[0]),
         ours.hsm_backward: lambda grad, x, h, l0, v, l1, *_, **__: 4 * x[0] * l0[0] * (x[1] + l1[0]),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: _attention(q, k),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, *_, **__: (
+        **dict.fromkeys(forward, lambda q, k, *_, **__: _attention(q, k)),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, *_, **__: (
             2.5 * _attention(q, k)  # five products instead of two
         ),
     }
@@ -128,7 +134,9 @@ def masked(model: nn.Module, keep: Tensor) -> Iterator[nn.Module]:
     from pyprune.architectures import describe
 
     decoder = describe(model)
-    mask = torch.zeros(decoder.hidden_size, dtype=next(model.parameters()).dtype).index_fill_(0, keep, 1)
+    like = next(model.parameters())
+    mask = torch.zeros(decoder.hidden_size, dtype=like.dtype, device=like.device)
+    mask[keep] = 1
     hooks = [
         writer.register_forward_hook(lambda module, args, output: output * mask)
         for writer in decoder.writers().values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import pyprune
 from pyprune import ops, surgery
 from pyprune.architectures import Decoder
 from pyprune.data import Corpus, Document
@@ -18,7 +20,7 @@ from pyprune.runs import RunError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PAT_STEP = "--shapes toy --dtypes float32 --bases learned --tokens 32 --window 16 --rounds 2 --threads 1 --no-memory"
-EXPORT = "--shape toy --layers 2 --dtypes float32 --prompts 16 --new-tokens 1 --repeats 2 --threads 1"
+SERVING = "--shape toy --dtype float32 --variants 2:4 '-25% hidden' --decode 3x32 --prompts 2x16 --rounds 1 --threads 1"
 HSM = "--tokens 8 --hidden 32 --rank 4 --rounds 2 --threads 1 --dtypes float32"
 
 
@@ -29,7 +31,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(importlib.import_module("results"), "RESULTS", tmp_path / "results.csv")
 
     def run(name: str, arguments: str) -> list[dict[str, str]]:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments.split(), "--save"])
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *shlex.split(arguments), "--save"])
         importlib.import_module(name).main()
         with (tmp_path / "results.csv").open() as file:
             return list(csv.DictReader(file))
@@ -97,16 +99,60 @@ def test_pat_step_memory(script: Any) -> None:
     assert found * module.MEBIBYTE > logits_bytes
 
 
-def test_export(script: Any) -> None:
-    kept = script("bench_export", EXPORT)
-    assert [row["provider"] for row in kept] == 2 * ["dense", "pruned", "limit"]
+def test_serving(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = script("bench_serving", SERVING)
+    cases = [(row["benchmark"], row["case"].partition("float32 ")[2]) for row in kept[::4]]
+    loads = [("decode a token", "batch=3 context=32"), ("first token", "batch=2 prompt=16")]
+    assert cases == [(op, f"{variant} {load}") for variant in ("2:4", "-25% hidden") for op, load in loads]
+    assert [row["provider"] for row in kept] == 4 * ["dense", "pyprune", "limit", "floor"]
+    assert "| -25% hidden | " in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_export_refuses_a_wrong_cut(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serving_limits_are_bytes_of_a_token_and_operations_of_a_prompt(script: Any) -> None:
+    """By hand, with a quarter of 64 channels gone: the heads, the FFN's channels and the cache stay."""
+    kept = script("bench_serving", SERVING)[8:]
+    decode, first = (float(rows[0]["p50"]) / float(rows[2]["p50"]) for rows in (kept[:4], kept[4:]))
+    blocks, heads, kv, inner, vocabulary = 2, 64, 32, 96, 128
+
+    def linears(hidden: int) -> int:
+        return blocks * hidden * (2 * heads + 2 * kv + 3 * inner)
+
+    def read(hidden: int) -> int:
+        return linears(hidden) + blocks * 2 * hidden + vocabulary * hidden + 3 * 32 * blocks * 2 * kv
+
+    def operations(hidden: int) -> int:  # attention's two products, of which the causal mask leaves half
+        return 2 * (2 * 16 * linears(hidden) + 2 * vocabulary * hidden + blocks * 2 * 16 * 16 * heads)
+
+    assert decode == pytest.approx(read(64) / read(48), rel=2e-3)  # rows have four digits
+    assert first == pytest.approx(operations(64) / operations(48), rel=2e-3)
+
+
+def test_serving_memory(script: Any) -> None:
+    """The head's logits of 16 tokens alone are small; weights of 16 MB are not."""
+    module, models = importlib.import_module("bench_serving"), importlib.import_module("models")
+    model = models.build("toy", torch.float32, vocab_size=65536)
+    rows = {row.provider: row.p50 for row in module.memory(model, "toy", "dense")}
+    assert rows["dense"] > rows["dense computed"] > 16
+
+
+def test_serving_refuses_a_wrong_cut(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = surgery.slice_hidden
     monkeypatch.setattr(surgery, "slice_hidden", lambda model, keep: right(model, keep + 1))
-    with pytest.raises(SystemExit, match="exported against masked"):
-        script("bench_export", EXPORT)
+    with pytest.raises(SystemExit, match="-25% hidden against the dense model with the same zeros, 8 tokens"):
+        script("bench_serving", SERVING.replace("2:4 ", ""))
+
+
+def test_serving_refuses_a_wrong_packing(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = lambda model, measure: model.model.layers[1].mlp.up_proj.weight.data.mul_(0.9)  # noqa: E731
+    monkeypatch.setattr(pyprune, "sparsify", wrong)
+    with pytest.raises(SystemExit, match="2:4 against the dense model with the same zeros, 8 tokens"):
+        script("bench_serving", SERVING)
+
+
+def test_serving_refuses_a_load_that_is_none(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script("bench_serving", "--decode 8")
+    assert "'8' is no load; expected BATCHxTOKENS, such as 8x512" in capsys.readouterr().err
 
 
 def test_host(script: Any) -> None:
