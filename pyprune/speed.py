@@ -28,8 +28,6 @@ LARGEST_SOLVE = 2048
 """Columns of the largest linear that SparseGPT's solve is timed on: its time grows with their cube."""
 ADAMW: dict[str, Any] = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, masked_decay=6e-5, step=3)
 
-Data = tuple[Any, ...]
-
 
 @dataclass(frozen=True)
 class Case:
@@ -47,9 +45,9 @@ class Case:
     op: str
     label: str
     ours: Callable[..., object]
-    data: Data
+    data: timing.Data
     eager: Callable[..., object]
-    eager_data: Data
+    eager_data: timing.Data
     nbytes: int
     operations: int = 0
     dtype: torch.dtype = torch.bfloat16
@@ -80,30 +78,26 @@ class OpSpeed:
 
 
 def measure(case: Case, device: torch.device, rounds: int = 11, budget: float = 4.0) -> OpSpeed:
-    """Compares the op with eager torch and times both in turn, on cold data.
-
-    Slow calls get fewer rounds, at least 3, so that these take about `budget` seconds, and fewer copies of their data:
-    a call that takes far longer than reading its data is as slow where it finds it in a cache.
+    """Compares the op with eager torch and times both in turn, on cold data, for about `budget` seconds.
 
     Raises RuntimeError when the results differ.
     """
+    found: list[timing.Data] = []
+
+    def check(result: object) -> None:
+        # a copy: what works in place changes its result when it is called again
+        found.append(timing.copy_of(result if isinstance(result, tuple) else (result,)))
+        if len(found) == 2 and not (error := timing.error(*found)) <= case.tolerance:
+            raise RuntimeError(f"{case.op}, {case.label}: the result is not that of eager torch; off by {error:.1e}")
+
+    sides = {"ours": (case.ours, case.data), "eager": (case.eager, case.eager_data)}
     with torch.no_grad():
-        calls, data = {"ours": case.ours, "eager": case.eager}, {"ours": case.data, "eager": case.eager_data}
-        _check(case, *(call(*_clone(data[name])) for name, call in calls.items()))
-        sets, turn = {}, 0.0
-        for name, call in calls.items():
-            once = _once(call, _clone(data[name]), device)
-            cold = timing.copies_for(_bytes(*data[name]), device)
-            sets[name] = [_clone(data[name]) for _ in range(max(1, min(cold, int(budget / rounds / 2 / once))))]
-            turn += once * len(sets[name])
-        found = timing.interleave(
-            {name: lambda i, call=call, sets=sets[name]: call(*sets[i]) for name, call in calls.items()},  # type: ignore[misc]
-            max(3, min(rounds, int(budget / turn))),
-            device,
-            {name: len(copies) for name, copies in sets.items()},
-            graphs=case.graphs,
-        )
-    ours = found["ours"]
+        entrants = {
+            name: timing.enter(timing.Contender(call, functools.partial(timing.copy_of, data)), device, check)
+            for name, (call, data) in sides.items()
+        }
+        times = timing.race(entrants, rounds, device, budget=budget, graphs=case.graphs)
+    ours = times["ours"]
     return OpSpeed(
         op=case.op,
         label=case.label,
@@ -111,33 +105,10 @@ def measure(case: Case, device: torch.device, rounds: int = 11, budget: float = 
         p20=ours.p20,
         p50=ours.p50,
         p80=ours.p80,
-        eager=found["eager"].p50,
+        eager=times["eager"].p50,
         floor=timing.floor(case.nbytes, case.operations, device, case.dtype),
-        graph=ours.graph and found["eager"].graph,
+        graph=ours.graph and times["eager"].graph,
     )
-
-
-def _check(case: Case, ours: object, eager: object) -> None:
-    first, second = (result[0] if isinstance(result, tuple) else result for result in (ours, eager))
-    assert isinstance(first, Tensor) and isinstance(second, Tensor)
-    difference = (first.double() - second.double()).norm()
-    if not difference <= case.tolerance * second.double().norm():
-        raise RuntimeError(f"{case.op}, {case.label}: the result is not that of eager torch; off by {difference:.1e}")
-
-
-def _clone(data: Data) -> Data:
-    return tuple(part.clone() if isinstance(part, Tensor) else part for part in data)
-
-
-def _bytes(*tensors: object) -> int:
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-
-
-def _once(call: Callable[..., object], data: Data, device: torch.device) -> float:
-    """Seconds of one call, not of the first."""
-    start = timing.now(device)
-    call(*data)
-    return timing.now(device) - start
 
 
 # -------------------------------------------------------------------------------------------------------------- cases
@@ -145,30 +116,28 @@ def _once(call: Callable[..., object], data: Data, device: torch.device) -> floa
 
 def cases(size: str, device: torch.device, tokens: Sequence[int] = (1, 16, 256)) -> Iterator[Case]:
     """Every op on the weights of a model in `SIZES`: linears for each number of tokens, HSMs for the largest."""
-    hidden, intermediate = SIZES[size]
-    weight = _normal(hidden, intermediate, device=device)
-    yield from _packed_linears(weight, tokens)
-    yield from _selected_linears(weight, tokens)
-    yield from _hsms(hidden, max(tokens), device)
-    yield from _masks(weight)
-    yield from _ranks(weight)
-    yield from _lora_scores(weight)
-    yield _optimizer(weight)
-    yield _solve(min(hidden, LARGEST_SOLVE), device)
+    weight = normal(*SIZES[size], device=device)
+    for family in FAMILIES.values():
+        yield from family(weight, tokens)
 
 
-def _normal(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def normal(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Random values of unit scale."""
     return torch.randn(shape, device=device).to(dtype)
 
 
 def _label(weight: Tensor, tokens: int | None = None) -> str:
     rows, columns = weight.shape
-    kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[weight.dtype]
-    return f"{rows}x{columns} {kind}" if tokens is None else f"T={tokens} {rows}x{columns} {kind}"
+    count = "" if tokens is None else f"T={tokens} "
+    return f"{rows}x{columns} {count}{_kind(weight.dtype)}"
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _in_torch(
-    op: str, label: str, call: Callable[..., object], data: Data, nbytes: int, operations: int = 0, **more: Any
+    op: str, label: str, call: Callable[..., object], data: timing.Data, nbytes: int, operations: int = 0, **more: Any
 ) -> Case:
     """A case whose other side is the same op in plain torch."""
 
@@ -179,71 +148,93 @@ def _in_torch(
     return Case(op, label, call, data, eager, data, nbytes, operations, **more)
 
 
-def _packed_linears(weight: Tensor, tokens: Sequence[int]) -> Iterator[Case]:
+def packed_linears(weight: Tensor, tokens: Sequence[int]) -> Iterator[Case]:
+    """`nm_linear` at 2:4, `bitmap_linear` at 50 and 70 %; the other side is torch's product with the same zeros."""
     outputs, inputs = weight.shape
     half = ops.masked_weight(weight, ops.nm_prune(weight.abs(), 2, 4)[0])
-    nm, bitmap = ops.nm_compress(half, 2, 4), ops.bitmap_pack(half)
+
+    def nm(x: Tensor, values: Tensor, metadata: Tensor) -> Tensor:
+        return ops.nm_linear(x, values, metadata, 2, 4)
+
+    def bitmap(x: Tensor, values: Tensor, bits: Tensor, offsets: Tensor) -> Tensor:
+        return ops.bitmap_linear(x, values, bits, offsets, outputs, inputs)
+
+    packed: list[tuple[str, str, Tensor, timing.Data, Callable[..., object]]] = [
+        ("nm_linear", "", half, ops.nm_compress(half, 2, 4), nm)
+    ]
+    for share in (50, 70):
+        zeros = torch.where(torch.rand(weight.shape, device=weight.device) < share / 100, 0, weight)
+        packed.append(("bitmap_linear", f" {share}%", zeros, ops.bitmap_pack(zeros), bitmap))
     tolerance = 4 * torch.finfo(weight.dtype).eps  # each side rounds its sums once
     for count in tokens:
-        x = _normal(count, inputs, device=weight.device)
-        moved, products = _bytes(x) + count * outputs * x.element_size(), 2 * count * outputs * inputs
-        for op, zeros, packed, multiply in (
-            ("nm_linear", "2:4", nm, lambda x, v, m: ops.nm_linear(x, v, m, 2, 4)),
-            ("bitmap_linear", "50%", bitmap, lambda x, v, b, o: ops.bitmap_linear(x, v, b, o, outputs, inputs)),
-        ):
+        x = normal(count, inputs, device=weight.device, dtype=weight.dtype)
+        moved, products = timing.bytes_of(x) + count * outputs * x.element_size(), 2 * count * outputs * inputs
+        for op, level, zeros, parts, multiply in packed:
             yield Case(
                 op,
-                f"{_label(weight, count)} {zeros}",
+                f"{_label(weight, count)}{level}",
                 multiply,
-                (x, *packed),
+                (x, *parts),
                 linear,
-                (x, half),
-                nbytes=moved + _bytes(*packed),
-                operations=products // 2,  # those with zeros need not be made
+                (x, zeros),
+                nbytes=moved + timing.bytes_of(*parts),
+                # 2:4 products have half of the operations where the hardware skips zeros
+                operations=products // 2 if op == "nm_linear" else products,
+                dtype=weight.dtype,
                 tolerance=tolerance,
             )
 
 
-def _selected_linears(weight: Tensor, tokens: Sequence[int]) -> Iterator[Case]:
+def selected_linears(weight: Tensor, tokens: Sequence[int]) -> Iterator[Case]:
+    """`masked_linear` at 50 %, `gathered_linear` over three quarters of the input channels."""
     outputs, inputs = weight.shape
     bits = pack_bits(torch.rand(outputs, inputs, device=weight.device) < 0.5)
     keep = torch.randperm(inputs, device=weight.device)[: inputs * 3 // 4].sort().values
-    tolerance = 4 * torch.finfo(weight.dtype).eps
+    more: dict[str, Any] = {"dtype": weight.dtype, "tolerance": 4 * torch.finfo(weight.dtype).eps}
     for count in tokens:
-        x, narrow = (_normal(count, width, device=weight.device) for width in (inputs, len(keep)))
+        x, narrow = (normal(count, w, device=weight.device, dtype=weight.dtype) for w in (inputs, len(keep)))
         out = count * outputs * x.element_size()
         yield _in_torch(
             "masked_linear",
             f"{_label(weight, count)} 50%",
             ops.masked_linear,
             (x, weight, bits),
-            _bytes(x, weight, bits) + out,
+            timing.bytes_of(x, weight, bits) + out,
             2 * count * outputs * inputs,
-            tolerance=tolerance,
+            **more,
         )
         yield _in_torch(
             "gathered_linear",
             f"{_label(weight, count)} 75%",
             ops.gathered_linear,
             (narrow, weight, keep),
-            _bytes(narrow, keep) + _bytes(weight) * len(keep) // inputs + out,
+            timing.bytes_of(narrow, keep) + timing.bytes_of(weight) * len(keep) // inputs + out,
             2 * count * outputs * len(keep),
-            tolerance=tolerance,
             graphs=False,  # it looks at the indices
+            **more,
         )
 
 
-def _hsms(hidden: int, tokens: int, device: torch.device) -> Iterator[Case]:
-    """With a rank of a twentieth of the hidden size, as in PAT."""
+def hsm_inputs(tokens: int, hidden: int, rank: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """x [T, d], l0 [r, d], v [r], l1 [d, r] and mask [d] of `hsm`, then residual [T, d] and weight [d] of its norm, all
+    of unit scale."""
+    x, residual, weight = (
+        normal(*s, device=device, dtype=dtype) for s in ((tokens, hidden), (tokens, hidden), (hidden,))
+    )
+    l0 = normal(rank, hidden, device=device, dtype=dtype) / hidden**0.5
+    l1 = normal(hidden, rank, device=device, dtype=dtype) / rank**0.5
+    return [x, l0, torch.randn(rank, device=device), l1, torch.rand(hidden, device=device), residual, weight]
+
+
+def hsms(weight: Tensor, tokens: Sequence[int]) -> Iterator[Case]:
+    """For the largest number of tokens, with a rank of a twentieth of the hidden size, as in PAT."""
+    count, hidden, dtype = max(tokens), len(weight), weight.dtype
     rank = max(8, hidden // 160 * 8)
-    x, residual, grad = (_normal(tokens, hidden, device=device) for _ in range(3))
-    l0 = _normal(rank, hidden, device=device) / hidden**0.5
-    l1 = _normal(hidden, rank, device=device) / rank**0.5
-    v, mask = torch.randn(rank, device=device), torch.rand(hidden, device=device)
-    weight, h = _normal(hidden, device=device), x @ l0.T
-    label = f"T={tokens} d={hidden} r={rank} bf16"
-    products, factors = 4 * tokens * hidden * rank, _bytes(l0, v, l1, mask)
-    tolerance = 16 * torch.finfo(torch.bfloat16).eps  # h is rounded between the two products
+    x, *parts, residual, gain = hsm_inputs(count, hidden, rank, dtype, weight.device)
+    grad, h = torch.randn_like(x), x @ parts[0].T
+    label = f"T={count} d={hidden} r={rank} {_kind(dtype)}"
+    products, row, factors = 4 * count * hidden * rank, timing.bytes_of(x), timing.bytes_of(*parts)
+    more: dict[str, Any] = {"dtype": dtype, "tolerance": 16 * torch.finfo(dtype).eps}  # h is rounded between products
 
     def backward(*data: Tensor) -> object:
         return torch.ops.pyprune.hsm_backward(*data, [True] * 5)
@@ -251,106 +242,116 @@ def _hsms(hidden: int, tokens: int, device: torch.device) -> Iterator[Case]:
     def norm(x: Tensor, l0: Tensor, v: Tensor, l1: Tensor, mask: Tensor, residual: Tensor, weight: Tensor) -> object:
         return ops.hsm_residual_rmsnorm(x, l0, v, l1, mask, residual, weight, eps=1e-6)
 
-    parts = (l0, v, l1, mask)
-    yield _in_torch("hsm", label, ops.hsm, (x, *parts), 2 * _bytes(x) + factors, products, tolerance=tolerance)
-    yield _in_torch(
-        "hsm_backward",
-        label,
-        backward,
-        (grad, x, h, *parts),
-        3 * _bytes(x) + 2 * factors,
-        2 * products,
-        tolerance=tolerance,
-    )
-    yield _in_torch(
-        "hsm_residual_rmsnorm",
-        label,
-        norm,
-        (x, *parts, residual, weight),
-        4 * _bytes(x) + factors,
-        products,
-        tolerance=tolerance,
-    )
+    yield _in_torch("hsm", label, ops.hsm, (x, *parts), 2 * row + factors, products, **more)
+    data = (grad, x, h, *parts)
+    yield _in_torch("hsm_backward", label, backward, data, 3 * row + 2 * factors, 2 * products, **more)
+    data = (x, *parts, residual, gain)
+    yield _in_torch("hsm_residual_rmsnorm", label, norm, data, 4 * row + factors, products, **more)
 
 
-def _masks(weight: Tensor) -> Iterator[Case]:
+def masks(weight: Tensor, tokens: Sequence[int]) -> Iterator[Case]:
     """Choosing, packing and unpacking; what these give must be the same bits."""
     outputs, inputs = weight.shape
     label, scores = _label(weight), weight.abs()
     bits, _ = ops.nm_prune(scores, 2, 4)
     half = ops.masked_weight(weight, bits)
     nm, bitmap = ops.nm_compress(half, 2, 4), ops.bitmap_pack(half)
-    dense, mask, packed, tiled = _bytes(weight), _bytes(bits), _bytes(*nm), _bytes(*bitmap)
-    reads_back = {"graphs": False}
-    yield _in_torch("nm_prune", label, lambda s: ops.nm_prune(s, 2, 4), (scores,), dense + mask, **reads_back)
+    dense, mask, packed, tiled = (timing.bytes_of(*data) for data in ((weight,), (bits,), nm, bitmap))
+    kind: dict[str, Any] = {"dtype": weight.dtype}
+    reads_back: dict[str, Any] = {"graphs": False, **kind}
+    prune = lambda s, previous: ops.nm_prune(s, 2, 4, previous)  # noqa: E731
+    yield _in_torch("nm_prune", label, prune, (scores, bits), dense + 2 * mask, **reads_back)
     yield _in_torch("transposable_prune", label, ops.transposable_prune, (scores,), dense + mask, **reads_back)
-    yield _in_torch("masked_weight", label, ops.masked_weight, (weight, bits), 2 * dense + mask)
+    yield _in_torch("masked_weight", label, ops.masked_weight, (weight, bits), 2 * dense + mask, **kind)
     yield _in_torch("nm_compress", label, lambda w: ops.nm_compress(w, 2, 4), (half,), dense + packed, **reads_back)
-    yield _in_torch("nm_decompress", label, lambda v, m: ops.nm_decompress(v, m, 2, 4), nm, packed + dense)
+    yield _in_torch("nm_decompress", label, lambda v, m: ops.nm_decompress(v, m, 2, 4), nm, packed + dense, **kind)
     yield _in_torch("bitmap_pack", label, ops.bitmap_pack, (half,), 2 * dense + tiled, **reads_back)
     unpack = lambda v, b, o: ops.bitmap_unpack(v, b, o, outputs, inputs)  # noqa: E731
-    yield _in_torch("bitmap_unpack", label, unpack, bitmap, tiled + dense)
+    yield _in_torch("bitmap_unpack", label, unpack, bitmap, tiled + dense, **kind)
 
 
-def _ranks(weight: Tensor) -> Iterator[Case]:
+def ranks(weight: Tensor, tokens: Sequence[int]) -> Iterator[Case]:
+    """BESA's mask and the gradient of its hundred candidate rates."""
     outputs, inputs = weight.shape
     rank = torch.rand(outputs, inputs, device=weight.device).argsort(1).to(torch.uint16)
     threshold = torch.full((outputs,), inputs // 2, dtype=torch.int32, device=weight.device)
-    grad, label = torch.randn_like(weight), _label(weight)
+    grad, label, kind = torch.randn_like(weight), _label(weight), weight.dtype
     data = (weight, rank, threshold)
-    yield _in_torch("rank_mask", label, ops.rank_mask, data, _bytes(*data, weight))
+    yield _in_torch("rank_mask", label, ops.rank_mask, data, timing.bytes_of(*data, weight), dtype=kind)
     bucket = functools.partial(ops.rank_bucket_grad, steps=100)
     data = (grad, weight, rank)
-    yield _in_torch("rank_bucket_grad", label, bucket, data, _bytes(*data), tolerance=1e-5)  # sums of fp32
+    # fp32 sums
+    yield _in_torch("rank_bucket_grad", label, bucket, data, timing.bytes_of(*data), dtype=kind, tolerance=1e-5)
 
 
-def _lora_scores(weight: Tensor) -> Iterator[Case]:
+def lora_scores(weight: Tensor, tokens: Sequence[int]) -> Iterator[Case]:
+    """LoRAPrune's criterion of rows (0) and columns (1): one read of the weight."""
     (outputs, inputs), rank = weight.shape, 8
     shapes = ((rank, inputs), (outputs, rank), (rank, inputs), (outputs, rank))
-    data = (weight, *(0.1 * torch.randn(shape, device=weight.device) for shape in shapes))
-    score = functools.partial(ops.lora_group_score, scale=2.0, dim=0)
-    # factors are split into pairs of bf16 on a GPU, right to 2^-16 of a term
-    yield _in_torch("lora_group_score", f"{_label(weight)} r={rank}", score, data, _bytes(*data), tolerance=2**-12)
+    factors = (0.1 * torch.randn(shape, device=weight.device) for shape in shapes)
+    data = (0.02 * weight, *factors)
+    for dim in (0, 1):
+        score = functools.partial(ops.lora_group_score, scale=2.0, dim=dim)
+        label = f"{outputs}x{inputs} r={rank} dim={dim} {_kind(weight.dtype)}"
+        # factors are split into pairs of bf16 on a GPU, right to 2^-16 of a term
+        yield _in_torch(
+            "lora_group_score", label, score, data, timing.bytes_of(*data), dtype=weight.dtype, tolerance=2**-12
+        )
 
 
-def _optimizer(weight: Tensor) -> Case:
-    """AST's step in fp32, where nothing is rounded at random."""
-    param = weight.float()
-    grad, bits = torch.randn_like(param), pack_bits(torch.rand_like(param) < 0.5)
-    moments = (torch.zeros_like(param), torch.zeros_like(param))
+def optimizers(weight: Tensor, tokens: Sequence[int]) -> Iterator[Case]:
+    """AST's step with one bit of mask a weight; 16-bit weights are rounded at random, by an ulp at most."""
+    grad, bits = torch.randn_like(weight), pack_bits(torch.rand(weight.shape, device=weight.device) < 0.5)
+    moments = tuple(torch.zeros(weight.shape, device=weight.device) for _ in range(2))
 
-    def step(param: Tensor, grad: Tensor, first: Tensor, second: Tensor, bits: Tensor) -> Tensor:
+    def step(param: Tensor, grad: Tensor, first: Tensor, second: Tensor, bits: Tensor) -> tuple[Tensor, ...]:
         ops.nm_adamw_(param, grad, first, second, bits, **ADAMW)
-        return param
+        return param, first, second
 
-    moved = _bytes(param, grad, *moments, bits) + _bytes(param, *moments)
-    data = (param, grad, *moments, bits)
-    return _in_torch("nm_adamw_", _label(param), step, data, moved, dtype=torch.float32, tolerance=1e-6)
+    data = (weight, grad, *moments, bits)
+    moved = timing.bytes_of(*data) + timing.bytes_of(weight, *moments)
+    tolerance = 1e-6 if weight.dtype == torch.float32 else torch.finfo(weight.dtype).eps
+    yield _in_torch("nm_adamw_", _label(weight), step, data, moved, dtype=weight.dtype, tolerance=tolerance)
 
 
-def _solve(size: int, device: torch.device) -> Case:
-    """SparseGPT's solve of a square linear to 2:4 in fp32; its losses are compared."""
+def solves(weight: Tensor, tokens: Sequence[int]) -> Iterator[Case]:
+    """SparseGPT's solves of a square linear of as many rows, `LARGEST_SOLVE` at most, in fp32; losses are compared."""
+    size, device = min(len(weight), LARGEST_SOLVE), weight.device
     x = torch.randn(2 * size, size, device=device) * (torch.rand(size, device=device) + 0.1)
     hessian = x.T @ x / size
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    weight = torch.randn(size, size, device=device)
+    square = torch.randn(size, size, device=device)
+    for name, n, m in (("50%", 0, 0), ("2:4", 2, 4)):
 
-    def solve(weight: Tensor, factor: Tensor) -> Tensor:
-        return ops.sparsegpt_solve(weight, factor, weight.numel() // 2, n=2, m=4)[2]
+        def solve(weight: Tensor, factor: Tensor, n: int = n, m: int = m) -> Tensor:
+            return ops.sparsegpt_solve(weight, factor, weight.numel() // 2, n=n, m=m)[2]
 
-    # a close choice may fall differently, and all that follows it; each pair of columns is one product of the rows
-    return _in_torch(
-        "sparsegpt_solve",
-        _label(weight),
-        solve,
-        (weight, factor),
-        2 * _bytes(weight) + _bytes(factor) // 2,
-        size**3,
-        dtype=torch.float32,
-        tolerance=1e-4,
-        graphs=False,
-    )
+        # a close choice may fall differently, and all that follows it; each pair of columns is one product of the rows
+        yield _in_torch(
+            "sparsegpt_solve",
+            f"{size}x{size} {name} float32",
+            solve,
+            (square, factor),
+            2 * timing.bytes_of(square) + timing.bytes_of(factor) // 2,
+            size**3,
+            dtype=torch.float32,
+            tolerance=1e-4,
+            graphs=False,
+        )
+
+
+FAMILIES: dict[str, Callable[[Tensor, Sequence[int]], Iterator[Case]]] = {
+    "linears": packed_linears,
+    "selected": selected_linears,
+    "hsm": hsms,
+    "packing": masks,
+    "ranks": ranks,
+    "scores": lora_scores,
+    "optimizer": optimizers,
+    "solve": solves,
+}
+"""Cases of one weight [out, in] and several numbers of tokens."""
 
 
 # ------------------------------------------------------------------------------------------------------------- models

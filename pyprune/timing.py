@@ -16,8 +16,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 COLD = 4
 """Data is cold when as much as this many times the last-level cache is read before it comes round again."""
@@ -26,10 +28,13 @@ UNKNOWN_CACHE = 32 * 2**20
 CPUS = Path("/sys/devices/system/cpu")
 SHORTEST = 1e-3
 """Seconds between two events on a GPU from which on the gap before the first kernel does not count."""
+SLOW = 0.5
+"""Seconds of a first call from which on a second one tells nothing new of how many there may be."""
 LONG = 1e-2
 """Seconds of a product that is large enough to show what rate the device reaches."""
 
 Run = Callable[[int], object]
+Data = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,102 @@ def interleave(
     with torch.cuda.device(device):
         sides = {name: _on_gpu(run, copies[name], graphs) for name, run in runs.items()}
         return _take_turns(sides, rounds, _between_events)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Somebody's way to compute something: `run(*data)`, on data that `make()` gives, new memory at each call."""
+
+    run: Callable[..., object]
+    make: Callable[[], Data] = tuple
+
+
+@dataclass
+class Entrant:
+    """A contender that has shown its result: with its first data set and the seconds of a call that was not its first
+    one, or of the first where that took `SLOW` seconds."""
+
+    contender: Contender
+    data: Data
+    seconds: float
+
+
+def enter(contender: Contender, device: torch.device, check: Callable[[object], None]) -> Entrant:
+    """Makes data for a contender and calls it; `check` gets its result, and raises when that is wrong."""
+    data, start = contender.make(), now(device)
+    check(contender.run(*data))
+    if (seconds := now(device) - start) < SLOW:
+        start = now(device)
+        contender.run(*data)
+        seconds = now(device) - start
+    return Entrant(contender, data, seconds)
+
+
+def race(
+    entrants: Mapping[str, Entrant],
+    rounds: int,
+    device: torch.device,
+    *,
+    budget: float = math.inf,
+    copies: int | None = None,
+    graphs: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Samples]:
+    """`interleave` on as many data sets of each as make its data cold (`copies_for`), or on `copies`.
+
+    Where all rounds would take more than `budget` seconds there are fewer of them, at least 3, and fewer data sets: a
+    call that takes far longer than reading its data is as slow where it finds it in a cache.
+    """
+    sets: dict[str, list[Data]] = {}
+    for name, entrant in entrants.items():
+        size = bytes_of(*entrant.data)
+        wanted = copies or (copies_for(size, device) if size else 1)
+        affordable = budget / rounds / len(entrants) / max(entrant.seconds, 1e-9)
+        more = max(1, int(min(wanted, affordable))) - 1
+        sets[name] = [entrant.data, *(entrant.contender.make() for _ in range(more))]
+    turn = sum(entrant.seconds * len(sets[name]) for name, entrant in entrants.items())
+    return interleave(
+        {
+            name: lambda i, run=entrant.contender.run, data=sets[name]: run(*data[i])  # type: ignore[misc]
+            for name, entrant in entrants.items()
+        },
+        max(min(3, rounds), int(min(rounds, budget / max(turn, 1e-9)))),
+        device,
+        {name: len(data) for name, data in sets.items()},
+        graphs=graphs,
+        clock=clock,
+    )
+
+
+def error(found: object, expected: object) -> float:
+    """The difference of two results (tensors, or tuples of them) relative to the expected one, in the norm: the largest
+    over all expected tensors; infinite where there are fewer than expected, or of other shapes."""
+    mine, theirs = (result if isinstance(result, tuple) else (result,) for result in (found, expected))
+    errors = [math.inf if len(mine) < len(theirs) else 0.0]
+    for one, other in zip(mine, theirs, strict=False):
+        if one.shape != other.shape:
+            return math.inf
+        difference, size = (float(part.double().norm()) for part in (one.double() - other.double(), other))
+        errors.append(difference / size if size else difference)
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def copy_of(data: Data) -> Data:
+    """The same values in memory of their own."""
+    return tuple(part.clone() if isinstance(part, Tensor) else part for part in data)
+
+
+def bytes_of(*data: object) -> int:
+    """Of all tensors among the data, and of modules' parameters and buffers."""
+    total = 0
+    for part in data:
+        if isinstance(part, nn.Module):
+            total += bytes_of(*part.parameters(), *part.buffers())
+        elif isinstance(part, Tensor) and part.layout == torch.sparse_csr:
+            total += bytes_of(part.crow_indices(), part.col_indices(), part.values())
+        elif isinstance(part, Tensor):
+            total += part.nbytes
+    return total
 
 
 def now(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:

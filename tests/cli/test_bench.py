@@ -36,10 +36,10 @@ def test_ops_by_name_with_limits(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["copy_bandwidth"], found["matmul_rates"]) == (2e9, {"bfloat16": 3e11, "float32": 3e11})
     assert {row["model"] for row in found["ops"]} == {"SmolLM2-135M"} and found["versions"]["torch"]
     (row,) = [row for row in found["ops"] if row["op"] == "nm_prune"]
-    assert row["floor"] == pytest.approx(64 * 96 * (2 + 1 / 8) / 2e9) and row["label"] == "64x96 bf16"
+    assert row["floor"] == pytest.approx(64 * 96 * (2 + 2 / 8) / 2e9) and row["label"] == "64x96 bfloat16"
     assert main(["bench", "--quick"]) == 0
     shown = capsys.readouterr().out
-    assert "nm_prune 64x96 bf16" in shown and "copies 2.0 GB/s" in " ".join(shown.split())
+    assert "nm_prune 64x96 bfloat16" in shown and "copies 2.0 GB/s" in " ".join(shown.split())
     assert "300 GFLOP/s bfloat16" in " ".join(shown.split()) and "launch" not in shown
 
 

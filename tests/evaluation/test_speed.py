@@ -36,24 +36,24 @@ def test_every_op_is_right_and_timed(tiny: None) -> None:
 def test_bytes_and_operations_are_the_least_that_the_op_needs(tiny: None) -> None:
     case = {(case.op, case.label): case for case in speed.cases("tiny", CPU, (1, 3))}
     dense = 2 * 160 * 192
-    nm = case["nm_linear", "T=3 160x192 bf16 2:4"]  # x, y; half of the weights, and two bits for each
+    nm = case["nm_linear", "160x192 T=3 bfloat16"]  # x, y; half of the weights, and two bits for each
     assert nm.nbytes == 2 * 3 * (192 + 160) + dense // 2 + 160 * 96 // 4
     assert nm.operations == 2 * 3 * 160 * 96
-    gathered = case["gathered_linear", "T=1 160x192 bf16 75%"]  # x, indices, the weight's columns, y
+    gathered = case["gathered_linear", "160x192 T=1 bfloat16 75%"]  # x, indices, the weight's columns, y
     assert gathered.nbytes == (2 + 8) * 144 + 2 * 160 * 144 + 2 * 160 and gathered.operations == 2 * 160 * 144
-    hsm = case["hsm", "T=3 d=160 r=8 bf16"]  # x and y; two factors of 16 bits, v and the mask of 32
+    hsm = case["hsm", "T=3 d=160 r=8 bfloat16"]  # x and y; two factors of 16 bits, v and the mask of 32
     assert hsm.nbytes == 2 * (2 * 3 * 160) + 2 * (2 * 8 * 160) + 4 * (8 + 160)
     assert hsm.operations == 2 * 3 * 8 * (160 + 160)
-    adamw = case["nm_adamw_", "160x192 fp32"]  # four read, three written, a bit each
-    assert adamw.nbytes == 7 * 4 * 160 * 192 + 160 * 192 // 8
-    assert case["nm_prune", "160x192 bf16"].nbytes == dense + 160 * 192 // 8
+    adamw = case["nm_adamw_", "160x192 bfloat16"]  # weight and two moments read and written, gradient, a bit each
+    assert adamw.nbytes == 3 * dense + 4 * 4 * 160 * 192 + 160 * 192 // 8
+    assert case["nm_prune", "160x192 bfloat16"].nbytes == dense + 2 * 160 * 192 // 8  # with the mask before
 
 
 def test_a_result_that_differs_is_refused(tiny: None) -> None:
     right = next(case for case in speed.cases("tiny", CPU, (1,)) if case.op == "masked_linear")
     wrong = dataclasses.replace(right, ours=lambda x, weight, bits: 1.05 * ops.masked_linear(x, weight, bits))
     speed.measure(right, CPU, 1, 0.0)
-    with pytest.raises(RuntimeError, match="masked_linear, T=1 160x192 bf16 50%: the result is not that of eager"):
+    with pytest.raises(RuntimeError, match="masked_linear, 160x192 T=1 bfloat16 50%: the result is not that of eager"):
         speed.measure(wrong, CPU, 1, 0.0)
     nothing = dataclasses.replace(right, ours=lambda *data: torch.full((1, 160), torch.nan))
     with pytest.raises(RuntimeError, match="not that of eager torch"):
@@ -77,7 +77,9 @@ def test_slow_calls_get_fewer_rounds_and_copies(
         now[0] += seconds
         return x
 
-    def interleave(runs: Any, rounds: int, device: object, copies: Any, graphs: bool) -> dict[str, timing.Samples]:
+    def interleave(
+        runs: Any, rounds: int, device: object, copies: Any, graphs: bool, clock: Any
+    ) -> dict[str, timing.Samples]:
         asked.update(rounds=rounds, copies=set(copies.values()), graphs=graphs)
         return {name: timing.Samples((1.0,), True) for name in runs}
 

@@ -202,3 +202,36 @@ def test_the_floor_is_the_longer_of_moving_and_multiplying(monkeypatch: pytest.M
     assert timing.floor(1000, 200, CPU, torch.bfloat16) == 20  # multiplied in fp32, which is faster here
     assert timing.floor(1000, 200, GPU, torch.bfloat16) == 40
     assert timing.floor(0, 200, CPU, torch.float64) == 100
+
+
+def test_the_error_is_the_largest_over_what_is_expected() -> None:
+    one, two = torch.tensor([3.0, 4.0]), torch.tensor([0, 10])
+    assert timing.error(one, one) == 0.0
+    assert timing.error(torch.tensor([3.0, 4.5]), one.double()) == pytest.approx(0.5 / 5)
+    assert timing.error((one, torch.tensor([1, 10])), (one, two)) == pytest.approx(1 / 10)
+    assert timing.error((one, two), one) == 0.0  # what nobody expects is not compared
+    assert timing.error(one, (one, two)) == float("inf")
+    assert timing.error(one[:1], one) == float("inf")
+    assert timing.error(torch.tensor([0.0, 2.0]), torch.zeros(2)) == 2.0
+    assert numpy.isnan(timing.error((torch.tensor([float("nan"), 1.0]), two), (one, two)))
+
+
+def test_a_race_is_run_on_cold_data_of_the_right_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "copies_for", lambda nbytes, device: 1 + 30 // nbytes)
+    made, called = [], []
+
+    def make() -> tuple[torch.Tensor]:
+        made.append(torch.ones(2))
+        return (made[-1],)
+
+    results: list[object] = []
+    contender = timing.Contender(lambda x: called.append(id(x)) or "result", make)
+    entrants = {"eight bytes": timing.enter(contender, CPU, results.append)}
+    assert results == ["result"] and len(made) == 1
+    called.clear()
+    timing.race(entrants, 2, CPU)
+    assert len(made) == 4 and called == [id(x) for x in made] * 3  # a round that warms up, two that count
+    made.clear()
+    timing.race({"no data": timing.Entrant(timing.Contender(called.clear), (), 0.0)}, 2, CPU)
+    timing.race(entrants, 2, CPU, copies=2)
+    assert len(made) == 1
