@@ -91,6 +91,7 @@ def floating_point_operations(step: Callable[[], object]) -> int:
     counts = {
         ours.hsm: lambda x, l0, v, l1, *_, **__: 2 * x[0] * l0[0] * (x[1] + l1[0]),
         ours.hsm_backward: lambda grad, x, h, l0, v, l1, *_, **__: 4 * x[0] * l0[0] * (x[1] + l1[0]),
+        aten.addmm_: lambda total, left, right, *_, **__: 2 * left[0] * left[1] * right[1],
         **dict.fromkeys(forward, lambda q, k, *_, **__: _attention(q, k)),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, *_, **__: (
             2.5 * _attention(q, k)  # five products instead of two
