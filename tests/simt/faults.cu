@@ -43,6 +43,16 @@ __global__ void read_shared(int* out, int offset) {
   out[threadIdx.x] = values[static_cast<int>(threadIdx.x) + offset];
 }
 
+// Each call keeps a kilobyte on the stack.
+__attribute__((noinline)) int descend(int depth) {
+  volatile int frame[256];
+  frame[0] = depth;
+  return depth == 0 ? 0 : descend(depth - 1) + frame[0] - depth + 1;
+}
+
+// out[i] = depth, by so many calls inside each other.
+__global__ void use_stack(int* out, int depth) { out[threadIdx.x] = descend(depth); }
+
 __global__ void divergent_barriers() {
   if (threadIdx.x < 64) {
     __syncthreads();  // first of divergent_barriers
@@ -98,6 +108,9 @@ const char* run_grid_copy(const int* in, int* out, int count) {
 }
 const char* run_read_shared(int* out, int offset) {
   return run([&] { return launch(read_shared, dim3(1), kThreads, kThreads * sizeof(int), nullptr, out, offset); });
+}
+const char* run_use_stack(int* out, int depth) {
+  return run([&] { return launch(use_stack, dim3(1), kThreads, 0, nullptr, out, depth); });
 }
 const char* run_divergent_barriers() {
   return run([&] { return launch(divergent_barriers, dim3(1), kThreads, 0, nullptr); });

@@ -116,6 +116,7 @@ class GuardedMemory {
 };
 
 inline std::map<void*, std::unique_ptr<GuardedMemory>> buffers;  // What simt_allocate handed out.
+inline std::deque<GuardedMemory> stacks;                         // Of the threads of a block; kept for the next one.
 
 enum class State { kReady, kBarrier, kWarp, kDone };
 
@@ -277,6 +278,7 @@ inline void on_fault(int, siginfo_t* info, void*) {
   };
   for (const auto& [data, memory] : buffers) describe("a buffer", *memory);
   describe("shared memory", *block->shared);
+  describe("a thread's stack", stacks[fiber->index]);
   std::snprintf(failure, sizeof failure, "simt: out of bounds access: %s: %s", where, place(*fiber).c_str());
   _longjmp(scheduler, 1);
 }
@@ -342,7 +344,8 @@ class Scheduler {
       Fiber& f = block->fibers[i] = Fiber{};
       f.index = static_cast<int>(i);
       getcontext(&f.start);
-      f.start.uc_stack.ss_sp = stacks() + i * kStackBytes;
+      if (i == stacks.size()) stacks.emplace_back(kStackBytes, /*at_end=*/true);
+      f.start.uc_stack.ss_sp = stacks[i].data();
       f.start.uc_stack.ss_size = kStackBytes;
       f.start.uc_link = nullptr;
       makecontext(&f.start, fiber_main, 0);
@@ -397,13 +400,6 @@ class Scheduler {
       return place(f) + " waits in " + f.waits_in + ", line " + std::to_string(f.line);
     };
     throw Error(std::string("simt: ") + what + ": " + waits(a) + (&a == &b ? "" : "; " + waits(b)));
-  }
-
-  // Mapped once, never given back; the system commits the pages that are used.
-  static char* stacks() {
-    static void* const memory = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
-                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return static_cast<char*>(memory);
   }
 
   std::mt19937 random_;

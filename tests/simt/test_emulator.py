@@ -79,6 +79,14 @@ def test_out_of_bounds_in_shared_memory(emulator: Emulator) -> None:
         emulator.call("run_read_shared", out, 1)
 
 
+def test_stack_overflow(emulator: Emulator) -> None:
+    out = emulator.empty(THREADS, dtype=torch.int32)
+    emulator.call("run_use_stack", out, 50)
+    assert out.eq(50).all()
+    with pytest.raises(RuntimeError, match=r"out of bounds.* thread's stack of 65536 bytes, at offset -.*thread 0"):
+        emulator.call("run_use_stack", out, 100)
+
+
 def test_divergent_barriers(emulator: Emulator) -> None:
     first, second = (line_of(FAULTS, f"// {which} of divergent_barriers") for which in ("first", "second"))
     with pytest.raises(RuntimeError, match=rf"divergent __syncthreads: .*line {first}; .*thread \d+ .*line {second}"):
