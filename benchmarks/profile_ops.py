@@ -12,9 +12,10 @@ import argparse
 
 import torch
 from bench_hsm import backward_step, forward_step, problems
-from bench_ops import FAMILIES
+from bench_ops import FAMILIES, RIVALS, cases
 
 OURS = ("pyprune", "2:4", "bitmap")
+NOBODY_ELSE = ["torch", *(name for rivals in RIVALS.values() for name in rivals)]
 
 
 def profiled(step) -> None:  # type: ignore[no-untyped-def]
@@ -40,7 +41,7 @@ def main() -> None:
             for make in (forward_step, backward_step):
                 profiled(make(problem.fused, problem))
     for family in arguments.families:
-        for case in FAMILIES[family](device, arguments.tokens):
+        for case in cases(family, device, arguments.tokens, without=NOBODY_ELSE):
             for name in OURS:
                 if name in case.contenders:
                     contender = case.contenders[name]
