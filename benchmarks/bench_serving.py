@@ -1,6 +1,6 @@
 """First-token latency and tokens/s of whole models, dense against pruned; on a GPU at full 7B shapes, else at 1.1 B.
 
-    python benchmarks/bench_serving.py --save
+    python benchmarks/bench_serving.py --device cuda --save
     python benchmarks/bench_serving.py --variants 2:4 "-30% hidden" --prompts 1x128 8x128 --decode 1x512 --memory
 
 Pruned is a share of the hidden channels gone (what PAT and SliceGPT export), half of every four weights (2:4), or 50 or
@@ -26,22 +26,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ops import thinned, two_four
-from harness import Case, Contender, run
-from models import SHAPES, build, check_equal, conditions, floating_point_operations, logits, masked
-from results import Row, append
+from harness import Case, Contender, Session, options
+from models import SHAPES, build, check_equal, floating_point_operations, logits, masked
+from results import Row
 from torch import Tensor, nn
 from transformers import StaticCache
 
 import pyprune
-from pyprune import checkpoint, surgery
+from pyprune import checkpoint, ops, surgery, timing
 from pyprune.evaluation import latency, peak_memory, work
 from pyprune.models import fast_dtype, open_model
+from pyprune.timing import Samples
 
 HIDDEN = {"-25% hidden": 0.25, "-30% hidden": 0.30, "-20% hidden": 0.20, "-50% hidden": 0.50}
 VARIANTS = ("2:4", "50%", *HIDDEN, "70%")
 MULTIPLE = 16  # of the channels that stay
-MEMORY = "generate memory"
 CHECKED = (8, 80)  # tokens: a packed weight is multiplied as it is for few, and expanded for many
 AIMS = {
     ("first token", "-25% hidden"): "goal 1.28x at hidden size 2048",
@@ -74,9 +73,9 @@ def pruned(dense: nn.Module, variant: str) -> nn.Module:
         zero(model, variant)
         expected = [logits(model, batch) for batch in ids]
         pyprune.sparsify(model, measure=False)
-    for batch, logits_ in zip(ids, expected, strict=True):
+    for batch, right in zip(ids, expected, strict=True):
         what = f"{variant} against the dense model with the same zeros, {batch.shape[1]} tokens"
-        check_equal(what, logits(model, batch), logits_, model.dtype)
+        check_equal(what, logits(model, batch), right, model.dtype)
     return model
 
 
@@ -85,7 +84,10 @@ def zero(model: nn.Module, variant: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "lm_head" not in name:
             weight = module.weight.data
-            weight.copy_(two_four(weight) if variant == "2:4" else thinned(weight, float(variant[:-1]) / 100))
+            if variant == "2:4":
+                weight.copy_(ops.masked_weight(weight, ops.nm_prune(weight.abs(), 2, 4)[0]))
+            else:
+                weight.masked_fill_(torch.rand_like(weight, dtype=torch.float32) < float(variant[:-1]) / 100, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loads
@@ -148,27 +150,28 @@ def first_token(sides: Sides, title: str, batch: int, tokens: int) -> tuple[Case
     return Case("first token", label, contenders, work(model)[1], least, dense.dtype), most / least
 
 
-def gain(dense: Row, mine: Row, limit: float, tokens: int, aim: str) -> str:
-    """What a case gave; `tokens` in a call."""
-    before, after = (1e6 * tokens / row.p50 for row in (dense, mine))
-    beside = f"limit {limit:.2f}x, {aim}" if aim else f"limit {limit:.2f}x"
-    return f"  {dense.p50 / mine.p50:.2f}x dense ({beside}), {before:.2f} -> {after:.2f} tokens/s"
+def compare(session: Session, case: Case, limit: float, tokens: int, aim: str) -> str:
+    """Measures, prints the gain beside its limit, keeps the rows, and returns both; `tokens` of a call. The floor is
+    one of the clock, so processor time has none."""
+    found = session.measure(case)
+    if "dense" not in found:
+        raise SystemExit(f"{case.op}, {case.label}: the dense model: {case.skipped['dense']}")
+    dense, mine = found["dense"], found["pyprune"]
+    found["limit"] = Samples(tuple(seconds / limit for seconds in dense.seconds))
+    if session.clock is time.perf_counter:
+        least = timing.floor(case.bytes, case.operations, session.device, case.dtype)
+        found["floor"] = Samples((least,))
+    session.report(case, found)
+    gain, beside = dense.p50 / mine.p50, f"limit {limit:.2f}x, {aim}" if aim else f"limit {limit:.2f}x"
+    print(f"  {gain:.2f}x dense ({beside}), {tokens / dense.p50:.2f} -> {tokens / mine.p50:.2f} tokens/s")
+    return f"{gain:.2f}x ({limit:.2f}x)"
 
 
-def table(rows: list[Row], title: str) -> str:
-    """Markdown: each variant's gain over dense at each load, and what limits it."""
-    cells: dict[str, dict[str, str]] = {}
-    by_case: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
-        if row.benchmark != MEMORY:
-            by_case.setdefault((row.benchmark, row.case), {})[row.provider] = row.p50
-    for (op, case), p50 in by_case.items():
-        variant, _, load = case.removeprefix(title + " ").partition(" batch=")
-        gain, limit = p50["dense"] / p50["pyprune"], p50["dense"] / p50["limit"]
-        cells.setdefault(variant, {})[f"{op}, batch={load}"] = f"{gain:.2f}x ({limit:.2f}x)"
-    columns = list(next(iter(cells.values()), {}))
+def table(gains: dict[str, dict[str, str]]) -> str:
+    """Markdown, of variant -> load -> gain."""
+    columns = list(next(iter(gains.values())))
     lines = [f"| gain over dense (limit) | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    return "\n".join([*lines, *(f"| {name} | {' | '.join(found.values())} |" for name, found in cells.items())])
+    return "\n".join([*lines, *(f"| {variant} | {' | '.join(cells.values())} |" for variant, cells in gains.items())])
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -183,7 +186,7 @@ def memory(model: nn.Module, title: str, provider: str) -> list[Row]:
     tensors = sum(parameter.nbytes for parameter in model.parameters())
     print(f"  {provider}: peak memory {found / 1e6:.0f} MB above the start, tensors {tensors / 1e6:.0f} MB")
     values = {provider: found, f"{provider} computed" if provider == "dense" else "computed": tensors}
-    return [Row(MEMORY, title, who, "MB", *[value / 1e6] * 3) for who, value in values.items()]
+    return [Row("generate memory", title, who, "MB", *[value / 1e6] * 3) for who, value in values.items()]
 
 
 def peak(folder: str) -> int:
@@ -211,59 +214,47 @@ def load(text: str) -> tuple[int, int]:
 
 def main() -> None:
     """Runs all variants; rows are kept at once, so that what was measured stays when a later variant fails."""
-    gpu = torch.cuda.is_available()
-    prompts, decoding = ("1x128 1x2048 8x128", "1x512 8x512 32x512 1x2048") if gpu else ("1x128", "1x128 1x1024 8x128")
     loads: dict[str, Any] = {"type": load, "nargs": "*", "metavar": "BATCHxTOKENS"}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=7)
     parser.add_argument("--shape", choices=SHAPES, help="default: llama-7b on a GPU, else llama-2048 with 22 layers")
     parser.add_argument("--layers", type=int, help="default: all of the shape's")
     parser.add_argument("--dtype", default=fast_dtype(), help="default: the one that is fastest here, %(default)s")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--prompts", default=[load(one) for one in prompts.split()], **loads)
-    parser.add_argument("--decode", default=[load(one) for one in decoding.split()], **loads)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for one thread on a busy machine")
-    parser.add_argument(
-        "--memory", action="store_true", help="measure it too (writes checkpoints to a temporary folder)"
-    )
-    parser.add_argument("--save", action="store_true", help="append to results.csv")
+    parser.add_argument("--prompts", help="default: 1x128, and on a GPU 1x2048 8x128", **loads)
+    parser.add_argument("--decode", help="default: 1x128 8x128 1x1024, on a GPU 1x512 8x512 32x512 1x2048", **loads)
+    parser.add_argument("--memory", action="store_true", help="measure it too (checkpoints in a temporary folder)")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(conditions(arguments.threads))
+    session = Session(arguments)
+    gpu = session.device.type == "cuda"
+    prompts = [(1, 128), (1, 2048), (8, 128)] if gpu else [(1, 128)]
+    decoding = [(1, 512), (8, 512), (32, 512), (1, 2048)] if gpu else [(1, 128), (8, 128), (1, 1024)]
+    prompts, decoding = (
+        default if given is None else given
+        for given, default in ((arguments.prompts, prompts), (arguments.decode, decoding))
+    )
     shape = arguments.shape or ("llama-7b" if gpu else "llama-2048")
     layers = arguments.layers or (SHAPES[shape]["num_hidden_layers"] if gpu or arguments.shape else 22)
-    device = torch.device("cuda" if gpu else "cpu")
-    with device:
+    with session.device:
         dense = build(shape, getattr(torch, arguments.dtype), num_hidden_layers=layers).eval()
     title = f"{shape} {layers} layers {arguments.dtype}"
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    kept: list[Row] = []
-
-    def keep(rows: list[Row]) -> None:
-        kept.extend(rows)
-        if arguments.save:
-            append(rows, device.type)
-
+    gains: dict[str, dict[str, str]] = {variant: {} for variant in arguments.variants}
     if arguments.memory:
-        keep(memory(dense, title, "dense"))
-    for variant in arguments.variants:
+        session.keep(memory(dense, title, "dense"))
+    for variant, cells in gains.items():
         print(f"\n{title} {variant}", flush=True)
         model = pruned(dense, variant)
         sides = {"dense": dense, "pyprune": model}
-        for make, wanted in ((decode, arguments.decode), (first_token, arguments.prompts)):
-            for batch, tokens in wanted:
-                case, limit = make(sides, f"{title} {variant}", batch, tokens)
-                dense_row, mine, floor = run(case, device, arguments.rounds, clock)
+        for make, wanted in ((decode, decoding), (first_token, prompts)):
+            for batch, length in wanted:
+                case, limit = make(sides, f"{title} {variant}", batch, length)
                 aim = AIMS.get((case.op, variant), "") if batch == 1 else ""
-                print(gain(dense_row, mine, limit, batch if make is decode else batch * tokens, aim))
-                at_best = (value / limit for value in (dense_row.p20, dense_row.p50, dense_row.p80))
-                keep([dense_row, mine, Row(case.op, case.label, "limit", mine.unit, *at_best), floor])
-                del case
+                tokens = batch if make is decode else batch * length
+                cells[f"{case.op}, {batch}x{length}"] = compare(session, case, limit, tokens, aim)
+                del case  # with its caches
         if arguments.memory:
-            keep(memory(model, f"{title} {variant}", "pyprune"))
+            session.keep(memory(model, f"{title} {variant}", "pyprune"))
         del model, sides
-    print(f"\n{table(kept, title)}")
+    print(f"\n{table(gains)}")
 
 
 if __name__ == "__main__":

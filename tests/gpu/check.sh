@@ -60,7 +60,7 @@ join
 for command in \
   "tune 45 benchmarks/tune_sparse_gemm.py --save" \
   "bench_ops 75 benchmarks/bench_ops.py --device cuda --save" \
-  "bench_serving 60 benchmarks/bench_serving.py --save" \
+  "bench_serving 60 benchmarks/bench_serving.py --device cuda --save" \
   "bench_hsm 75 benchmarks/bench_hsm.py --device cuda --dtypes bfloat16 --tokens 2048 16384 --save"; do
   read -r name seconds arguments <<<"$command"
   step $name $seconds $python $arguments || failed=$((failed + 1))
