@@ -54,7 +54,8 @@ class Size:
     layers: int
 
     def __str__(self) -> str:
-        return f"T={self.tokens} d={self.hidden} L={self.layers} {fast_dtype()}"
+        layers = f" L={self.layers}" if self.layers else ""
+        return f"T={self.tokens} d={self.hidden}{layers} {fast_dtype()}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is measured; `times` scales the sizes asked for to those at which it takes long enough."""
+    """What is measured; `times` scales the sizes asked for to those at which it takes long enough, layers to none
+    where it has none."""
 
     make: Callable[[Size], Work]
     axes: tuple[str, ...] = AXES
@@ -200,7 +202,7 @@ def one_shot(size: Size, method: str) -> Work:
 
 
 SCENARIOS = {
-    "hsm": Scenario(hsm, AXES[:2], Size(2, 4, 1)),
+    "hsm": Scenario(hsm, AXES[:2], Size(2, 4, 0)),
     "LoRA step": Scenario(lambda size: training(size, LoRA())),
     "PAT step": Scenario(lambda size: training(size, PAT(ratio=0.25, round_to=16))),
     "prefill": Scenario(prefill, times=Size(1, 2, 1)),
