@@ -10,20 +10,17 @@ its kernels are timed and not their launches; what fits the second-level cache i
 
 from __future__ import annotations
 
-import argparse
-import os
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from statistics import median, quantiles
+from dataclasses import dataclass, replace
 
 import torch
-from results import Row, append
+from harness import Case, Contender, Samples, Session, options
 from torch import Tensor
 
 from pyprune import ops
 from pyprune._cpu.hsm import _product
+from pyprune.speed import hsm_inputs
 
 EPS = 1e-6
 Step = Callable[[], object]
@@ -60,18 +57,19 @@ class Problem:
     moved_forward: int
     moved_backward: int
 
+    def wide(self) -> Problem:
+        """The same in fp64."""
+        inputs, grads = ([tensor.double() for tensor in tensors] for tensors in (self.inputs, self.grads))
+        return replace(self, inputs=inputs, grads=grads)
+
 
 def problems(tokens: int, hidden: int, rank: int, dtype: torch.dtype, device: str = "cpu") -> list[Problem]:
     """Both ops on random inputs of unit scale."""
-    normal = lambda *shape: torch.randn(shape, device=device).to(dtype)  # noqa: E731
-    x, residual, weight = normal(tokens, hidden), normal(tokens, hidden), normal(hidden)
-    l0, l1 = normal(rank, hidden) / hidden**0.5, normal(hidden, rank) / rank**0.5
-    mixing = [l0, torch.randn(rank, device=device), l1, torch.rand(hidden, device=device)]
-    grads = [normal(tokens, hidden), normal(tokens, hidden)]
-    norm = [x, *mixing, residual, weight]
+    inputs = hsm_inputs(tokens, hidden, rank, dtype, torch.device(device))
+    grads = [torch.randn_like(inputs[0]) for _ in range(2)]
     return [
-        Problem("hsm", eager_hsm, ops.hsm, [x, *mixing], grads[:1], 2, 3),
-        Problem("hsm_residual_rmsnorm", eager_hsm_residual_rmsnorm, fused_hsm_residual_rmsnorm, norm, grads, 4, 6),
+        Problem("hsm", eager_hsm, ops.hsm, inputs[:5], grads[:1], 2, 3),
+        Problem("hsm_residual_rmsnorm", eager_hsm_residual_rmsnorm, fused_hsm_residual_rmsnorm, inputs, grads, 4, 6),
     ]
 
 
@@ -93,18 +91,6 @@ def backward_step(function: Callable[..., object], problem: Problem) -> Step:
     return lambda: torch.autograd.grad(outputs, leaves, problem.grads, retain_graph=True)
 
 
-def check(problem: Problem, steps: dict[str, Step], exact: Step) -> None:
-    """Every contender is within a few roundings of fp64, in the norm of each result."""
-    as_tuple = lambda result: result if isinstance(result, tuple) else (result,)  # noqa: E731
-    expected = as_tuple(exact())
-    for name, step in steps.items():
-        for result, reference in zip(as_tuple(step()), expected, strict=True):
-            error = ((result.double() - reference).norm() / reference.norm()).item()
-            allowed = 16 * torch.finfo(problem.inputs[0].dtype).eps
-            if not error < allowed:
-                raise SystemExit(f"{problem.name}: {name} is off by {error:.1e}, more than {allowed:.1e}")
-
-
 def products_step(problem: Problem, backward: bool) -> Step:
     """The matrix products that the op cannot do without, each at full size, by torch's faster library."""
     x, l0, _, l1, _ = problem.inputs[:5]
@@ -115,98 +101,41 @@ def products_step(problem: Problem, backward: bool) -> Step:
     return lambda: [product(*pair) for pair in ((x, l0), (h, l1))]
 
 
-def measure(steps: dict[str, Step], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Milliseconds per call, sorted; the contenders take turns."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 2):
-        for name, step in steps.items():
-            start = clock()
-            step()
-            if turn >= 2:
-                times[name].append((clock() - start) * 1e3)
-    return {name: sorted(values) for name, values in times.items()}
-
-
-def measure_graphs(steps: dict[str, Step], rounds: int, stream: torch.cuda.Stream) -> dict[str, list[float]]:
-    """`measure` for steps that were made on `stream`: milliseconds on the GPU, of ten replays of each step's graph."""
-    graphs = {}
-    for name, step in steps.items():
-        for _ in range(3):  # compiles, and allocates what it needs once
-            step()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name], stream=stream):
-            step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 2):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(10):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            if turn >= 2:
-                times[name].append(start.elapsed_time(end) / 10)
-    return {name: sorted(values) for name, values in times.items()}
-
-
-def run(
-    problem: Problem, backward: bool, compiled: Callable[..., object] | None, rounds: int, clock: Callable
-) -> list[Row]:
-    """Measures one direction of one op, prints its lines, and returns them."""
+def measure(problem: Problem, backward: bool, compiled: Callable[..., object] | None, session: Session) -> None:
+    """One direction of one op."""
     make = backward_step if backward else forward_step
     functions = {"eager": problem.eager, "pyprune": problem.fused} | ({"compile": compiled} if compiled else {})
-    steps = {name: make(function, problem) for name, function in functions.items()}
-    exact = Problem(**{**vars(problem), "inputs": [t.double() for t in problem.inputs]})
-    exact.grads = [grad.double() for grad in problem.grads]
-    check(problem, steps, make(problem.fused, exact))
     x = problem.inputs[0]
     target = torch.empty_like(x)
     bounds = {"products": products_step(problem, backward), "copy": lambda: target.copy_(x)}
-    on_gpu = x.device.type == "cuda"
-    times = (
-        measure_graphs(steps | bounds, rounds, torch.cuda.current_stream())
-        if on_gpu
-        else measure(steps | bounds, rounds, clock)
+    case = Case(
+        f"{problem.name} {'backward' if backward else 'forward'}",
+        f"T={len(x)} d={x.shape[1]} r={len(problem.inputs[1])} {str(x.dtype).removeprefix('torch.')}",
+        {name: Contender(make(function, problem)) for name, function in functions.items()},
+        expected=make(problem.fused, problem.wide())(),  # type: ignore[arg-type]
+        allowed=16 * torch.finfo(x.dtype).eps,
+        bounds={name: Contender(step) for name, step in bounds.items()},
+        unit="ms",
     )
+    found = session.measure(case)
     copies = (problem.moved_backward if backward else problem.moved_forward) / 2
-    both = max if on_gpu else sum
-    times["limit"] = [both((p, copies * c)) for p, c in zip(times["products"], times["copy"], strict=True)]
-
-    tokens, hidden = x.shape
-    name = f"{problem.name} {'backward' if backward else 'forward'}"
-    case = f"T={tokens} d={hidden} r={len(problem.inputs[1])} {str(x.dtype).removeprefix('torch.')}"
-    print(f"\n{name}, {case}")
-    unit = "ms GPU time" if on_gpu else "ms CPU time" if clock is time.process_time else "ms"
-    rows = []
-    for provider in (*functions, "products", "limit"):
-        p20, p80 = quantiles(times[provider], n=5)[0], quantiles(times[provider], n=5)[3]
-        p50 = median(times[provider])
-        print(f"  {provider:9} {p50:8.3f} ms   {median(times['eager']) / p50:5.2f}x eager   ({p20:.3f} to {p80:.3f})")
-        rows.append(Row(name, case, provider, unit, p20, p50, p80))
-    return rows
+    both, pairs = max if x.is_cuda else sum, zip(found["products"].seconds, found.pop("copy").seconds, strict=True)
+    found["limit"] = Samples(tuple(both((product, copies * copy)) for product, copy in pairs))
+    session.report(case, found)
 
 
 def main() -> None:
     """Runs all combinations."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser = options(__doc__, rounds=25)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=104)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time"
     )
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for one thread on a busy machine")
-    parser.add_argument("--save", action="store_true", help="append to results.csv")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    print(f"{arguments.threads} threads, load {os.getloadavg()[0]:.1f}, {'CPU' if arguments.cpu_time else 'wall'} time")
+    session = Session(arguments)
     stream = torch.cuda.stream(torch.cuda.Stream()) if arguments.device == "cuda" else nullcontext()
     with stream:  # a graph's backward runs on the stream of its forward, which has to be the one that is captured
         for dtype in arguments.dtypes:
@@ -216,9 +145,7 @@ def main() -> None:
                     torch._dynamo.reset()
                     compiled = None if arguments.no_compile else torch.compile(problem.eager)
                     for backward in (False, True):
-                        rows = run(problem, backward, compiled, arguments.rounds, clock)
-                        if arguments.save:
-                            append(rows, arguments.device)
+                        measure(problem, backward, compiled, session)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,13 @@ import ctypes
 import gc
 import multiprocessing
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from bench_hsm import measure
-from models import SHAPES, build, check_equal, conditions, floating_point_operations, logits, percentiles
-from results import Row, append
+from harness import Case, Contender, Samples, Session, options
+from models import SHAPES, build, check_equal, floating_point_operations, logits
+from results import Row
 from torch import Tensor, nn
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -45,7 +44,7 @@ MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Case:
+class Setting:
     """One model, dtype, basis of PAT and batch; `threads` for the processes that measure memory."""
 
     shape: str
@@ -100,15 +99,15 @@ class Tuning:
         return sum(parameter.numel() for parameter in self.trained)
 
 
-def contender(case: Case, name: str, trained: int) -> Tuning:
+def contender(setting: Setting, name: str, trained: int) -> Tuning:
     """One of `CONTENDERS`, in the state that is to be measured. `trained`: how many parameters LoRA is to have."""
-    model = build(case.shape, getattr(torch, case.dtype))
+    model = build(setting.shape, getattr(torch, setting.dtype))
     if name == "lora":
         per_rank = sum(sum(weight.shape) for weight in _block_weights(model))
-        return Tuning(model, LoRA(lora_rank=max(1, round(trained / per_rank))), case.ids(), 1000)
+        return Tuning(model, LoRA(lora_rank=max(1, round(trained / per_rank))), setting.ids(), 1000)
     after = name != "before"
-    method = PAT(ratio=0.25, round_to=16, basis=case.basis, milestone=0.5, compact=name == "compact")
-    tuning = Tuning(model, method, case.ids(), 4 if after else 100_000)
+    method = PAT(ratio=0.25, round_to=16, basis=setting.basis, milestone=0.5, compact=name == "compact")
+    tuning = Tuning(model, method, setting.ids(), 4 if after else 100_000)
     for _ in range(2 if after else 0):  # to the milestone
         tuning.step()
     return tuning
@@ -120,12 +119,12 @@ def _block_weights(model: nn.Module) -> list[Tensor]:
     return [linear.weight for linear in (*linears, *(writer for block in decoder.blocks for writer in block.writes))]
 
 
-def contenders(case: Case) -> dict[str, Tuning]:
+def contenders(setting: Setting) -> dict[str, Tuning]:
     """All of them, checked against each other."""
-    before = contender(case, "before", 0)
-    found = {name: before if name == "before" else contender(case, name, before.parameters()) for name in CONTENDERS}
-    read = {name: logits(tuning.model, case.ids()[:1]) for name, tuning in found.items()}
-    dtype = getattr(torch, case.dtype)
+    before = contender(setting, "before", 0)
+    found = {name: before if name == "before" else contender(setting, name, before.parameters()) for name in CONTENDERS}
+    read = {name: logits(tuning.model, setting.ids()[:1]) for name, tuning in found.items()}
+    dtype = getattr(torch, setting.dtype)
     check_equal("PAT at its start against LoRA at its start", read["before"], read["lora"], dtype)
     check_equal("compact against masked", read["compact"], read["masked"], dtype)
     return found
@@ -138,12 +137,12 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def peak(case: Case, name: str, trained: int) -> float | None:
+def peak(setting: Setting, name: str, trained: int) -> float | None:
     """MiB that training takes at most, in this process; call it in a fresh one."""
-    torch.set_num_threads(case.threads)
+    torch.set_num_threads(setting.threads)
     with peak_memory() as empty:
         pass
-    tuning = contender(case, name, trained)
+    tuning = contender(setting, name, trained)
     tuning.step()  # the optimiser has its moments now
     give_back()
     with peak_memory() as full:
@@ -151,77 +150,70 @@ def peak(case: Case, name: str, trained: int) -> float | None:
     return None if full.bytes is None or empty.bytes is None else (full.bytes - empty.bytes) / MEBIBYTE
 
 
-def peaks(case: Case, trained: int) -> dict[str, float | None]:
+def peaks(setting: Setting, trained: int) -> dict[str, float | None]:
     """`peak` of every contender."""
     spawn = multiprocessing.get_context("spawn")
     found = {}
     for name in CONTENDERS:
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            found[name] = pool.submit(peak, case, name, trained).result()
+            found[name] = pool.submit(peak, setting, name, trained).result()
     return found
 
 
-def time_steps(case: Case, rounds: int, cpu_time: bool) -> list[Row]:
-    """Measures one case, prints its lines, and returns them."""
-    tunings = contenders(case)
+def time_steps(setting: Setting, session: Session) -> None:
+    """Time of a step of each."""
+    tunings = contenders(setting)
     operations = {name: floating_point_operations(tuning.step) for name, tuning in tunings.items()}
-    steps = {name: tuning.step for name, tuning in tunings.items()}
-    times = measure(steps, rounds, time.process_time if cpu_time else time.perf_counter)
-    trained = {name: tuning.parameters() for name, tuning in tunings.items()}
+    steps = {name: Contender(tuning.step) for name, tuning in tunings.items()}
+    case = Case("pat step", str(setting), steps, graphs=False, unit="ms")
+    found = session.measure(case)
     if not all(torch.isfinite(torch.tensor(tuning.step())) for tuning in tunings.values()):
         raise SystemExit("a loss is not finite at the end: the times are of no training")
-    unit = "ms CPU time" if cpu_time else "ms"
-    found = {name: percentiles(values) for name, values in times.items()}
-    for name, (p20, p50, p80) in found.items():
-        print(f"  {name:7} {p50:9.1f} {unit}   ({p20:.1f} to {p80:.1f})   {trained[name]:,} parameters trained")
     limits = {name: operations[name] / operations[other] for name, (other, _) in GOALS.items()}
+    bounds = {
+        f"limit of {name}": Samples(tuple(limits[name] * seconds for seconds in found[other].seconds))
+        for name, (other, _) in GOALS.items()
+    }
+    session.report(case, found | bounds)
+    print("  trained: " + ", ".join(f"{name} {tuning.parameters():,}" for name, tuning in tunings.items()))
     for name, (other, goal) in GOALS.items():
-        ratio, limit = found[name][1] / found[other][1], limits[name]
+        ratio, limit = found[name].p50 / found[other].p50, limits[name]
         print(
             f"  {name} takes {ratio:.2f}x the time of {other}, {1 / ratio:.2f}x its speed (limit {limit:.2f}x, "
             f"{1 / limit:.2f}x; goal {goal:.2f}x, {1 / goal:.2f}x: {'met' if ratio <= goal else 'not met'})"
         )
-        found[f"limit of {name}"] = tuple(limit * time for time in found[other])
-    return [Row("pat step", str(case), name, unit, *values) for name, values in found.items()]
 
 
-def memory(case: Case) -> list[Row]:
+def memory(setting: Setting) -> list[Row]:
     """Measures the contenders' memory, prints its lines, and returns them."""
-    trained = contender(case, "before", 0).parameters()
-    found = {name: value for name, value in peaks(case, trained).items() if value is not None}
+    trained = contender(setting, "before", 0).parameters()
+    found = {name: value for name, value in peaks(setting, trained).items() if value is not None}
     for name, value in found.items():
         print(f"  {name:7} {value:9.0f} MiB at most, {value / found['before']:.2f}x PAT before the milestone")
-    return [Row("pat step memory", str(case), name, "MiB", value, value, value) for name, value in found.items()]
+    return [Row("pat step memory", str(setting), name, "MiB", value, value, value) for name, value in found.items()]
 
 
 def main() -> None:
     """Runs all combinations."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=15, devices=("cpu",))
     parser.add_argument("--shapes", nargs="+", default=["smollm2-135m", "llama-2048"], choices=SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--bases", nargs="+", default=["identity", "learned"], help="of PAT: identity, pca, learned")
     parser.add_argument("--tokens", type=int, default=1024, help="in a step")
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for one thread on a busy machine")
     parser.add_argument("--time", action=argparse.BooleanOptionalAction, default=True, help="measure time")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory")
-    parser.add_argument("--save", action="store_true", help="append to results.csv")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(conditions(arguments.threads) + (", CPU time" if arguments.cpu_time else ", wall time"))
-    rows = []
+    session = Session(arguments)
     for shape in arguments.shapes:
         for dtype in arguments.dtypes:
             for basis in arguments.bases:
-                case = Case(shape, dtype, basis, arguments.tokens, arguments.window, arguments.threads)
-                print(f"\nPAT step, {case}")
-                rows += time_steps(case, arguments.rounds, arguments.cpu_time) if arguments.time else []
+                setting = Setting(shape, dtype, basis, arguments.tokens, arguments.window, arguments.threads)
+                if arguments.time:
+                    time_steps(setting, session)
                 gc.collect()
-                rows += memory(case) if arguments.memory else []
-    if arguments.save:
-        append(rows)
+                if arguments.memory:
+                    session.keep(memory(setting))
 
 
 if __name__ == "__main__":

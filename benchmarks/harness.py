@@ -15,7 +15,7 @@ import argparse
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -137,10 +137,12 @@ def run(
 # ------------------------------------------------------------------------------------------------------- command lines
 
 
-def options(doc: str | None, rounds: int, budget: float = math.inf) -> argparse.ArgumentParser:
+def options(
+    doc: str | None, rounds: int, budget: float = math.inf, devices: Sequence[str] = ("cpu", "cuda")
+) -> argparse.ArgumentParser:
     """What every benchmark's command line has; `doc` is its page."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default="cpu", choices=devices)
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--budget", type=float, default=budget, help="seconds a case, where slow calls get less rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -176,13 +178,3 @@ class Session:
         """In results.csv, where that is wanted."""
         if self.save:
             append(rows, self.device.type)
-
-
-def ratio(found: dict[str, Samples], one: str, other: str) -> float:
-    """Of two medians."""
-    return found[one].p50 / found[other].p50
-
-
-def constant(value: float) -> Samples:
-    """Of what does not vary."""
-    return Samples((value,))

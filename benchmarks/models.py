@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
-from statistics import quantiles
 from typing import Any
 
 import torch
@@ -68,12 +67,6 @@ def conditions(threads: int) -> str:
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     busy = "; others are at work here, so wall times are not to be trusted" if load + threads > cores + 0.5 else ""
     return f"{threads} threads, {cores} cores, load {load:.1f}, torch {torch.__version__}{busy}"
-
-
-def percentiles(values: list[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th, as a row of results.csv wants them."""
-    tenths = quantiles(values, n=10, method="inclusive")
-    return tenths[1], tenths[4], tenths[7]
 
 
 # ------------------------------------------------------------------------------------------------------------- limits
