@@ -1,6 +1,7 @@
 # make        the environment, with everything built        make test   style, types and tests
 # make demo   tune and prune a real model and compare       make bench  speed of the kernels
 # make lint   style and types        make format  put the style right        make clean  remove what make made
+# make docs   the site, in build/site; a broken link or reference is an error
 # make sanitize    the CPU kernels under AddressSanitizer and UBSan
 # make gpu-check   all that needs a GPU, in less than ten minutes, with the python3 that has torch there
 #
@@ -15,7 +16,7 @@ CLANG := $(filter %.h %.cuh %.cu %.cpp,$(NATIVE))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: install venv test demo lint format sanitize bench gpu-check clean
+.PHONY: install venv test demo lint docs format sanitize bench gpu-check clean
 
 install: $(VENV)/built
 
@@ -35,7 +36,7 @@ $(VENV)/built: $(VENV)/installed pyproject.toml setup.py $(SOURCES)
 	$(BIN)/pyprune info
 	touch $@
 
-test: lint
+test: lint docs
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST)
 
 demo: install
@@ -46,6 +47,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CLANG)
 	$(BIN)/mypy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: install
 	$(BIN)/ruff check --fix .
