@@ -16,7 +16,6 @@ copies of a block's weights and the Gram matrices.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -25,13 +24,14 @@ from dataclasses import dataclass, replace
 import torch
 from bench_pat_step import Tuning, give_back
 from bench_serving import Decoding
-from models import build, conditions, floating_point_operations
-from results import Row, append
+from harness import Case, Contender, Session, options
+from models import build, floating_point_operations
+from results import Row
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaForCausalLM
 
-from pyprune import PAT, ops, timing
+from pyprune import PAT, ops
 from pyprune.architectures import describe_blocks
 from pyprune.blockwise import prune
 from pyprune.evaluation import peak_memory
@@ -227,7 +227,7 @@ def peak(call: Callable[[], object]) -> int:
     return after.bytes - before.bytes
 
 
-def measure(name: str, values: dict[str, list[int]], rounds: int, clock: Callable[[], float]) -> list[Row]:
+def measure(name: str, values: dict[str, list[int]], session: Session) -> list[Row]:
     """All sizes of a scenario in turn; prints a line for each axis, and returns the rows of sizes and exponents."""
     scenario, benchmark = SCENARIOS[name], f"growth of {name}"
     scaled = {axis: [getattr(scenario.times, axis) * value for value in values[axis]] for axis in AXES}
@@ -235,9 +235,11 @@ def measure(name: str, values: dict[str, list[int]], rounds: int, clock: Callabl
     along = {axis: [replace(base, **{axis: value}) for value in scaled[axis]] for axis in scenario.axes}
     works = {size: scenario.make(size) for sizes in along.values() for size in sizes}
     memory = {size: peak(work.held or work.call) / 2**20 for size, work in works.items()}
-    calls = {str(size): (lambda _, call=work.call: call()) for size, work in works.items()}
-    taken = timing.interleave(calls, rounds, torch.device("cpu"), dict.fromkeys(calls, 1), clock=clock)
-    rows, unit = [], "ms CPU time" if clock is time.process_time else "ms"
+    case = Case(benchmark, str(base), {str(size): Contender(work.call, lambda: ()) for size, work in works.items()})
+    taken = session.measure(case)
+    if case.skipped:
+        raise SystemExit(f"{benchmark}: {case.skipped}")
+    rows, unit = [], "ms CPU time" if session.clock is time.process_time else "ms"
     for size in works:
         times = taken[str(size)]
         rows.append(Row(benchmark, str(size), "pyprune", unit, *(1e3 * t for t in (times.p20, times.p50, times.p80))))
@@ -258,25 +260,17 @@ def measure(name: str, values: dict[str, list[int]], rounds: int, clock: Callabl
 
 def main() -> None:
     """Runs all scenarios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=3, devices=["cpu"])
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=SCENARIOS)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for one thread on a busy machine")
-    parser.add_argument("--save", action="store_true", help="append to results.csv")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(conditions(arguments.threads))
+    session = Session(arguments)
     print("| | grows with | time, exponent | predicted | within | memory, exponent | predicted | within |")
     print("|---|---|---:|---:|---:|---:|---:|---:|")
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
     for name in arguments.scenarios:
-        rows = measure(name, {axis: getattr(arguments, axis) for axis in AXES}, arguments.rounds, clock)
-        if arguments.save:
-            append(rows)
+        session.keep(measure(name, {axis: getattr(arguments, axis) for axis in AXES}, session))
 
 
 if __name__ == "__main__":

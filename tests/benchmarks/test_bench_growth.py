@@ -67,13 +67,13 @@ def test_exponents_are_those_of_what_was_measured(
         tokens, hidden, layers = (int(part.partition("=")[2]) for part in label.split()[:3])
         return 1e-6 * tokens**1.25 * hidden**1.5 * layers**0.75
 
-    def interleave(calls: dict[str, Any], *_: Any, **__: Any) -> dict[str, Samples]:
-        return {label: Samples((law(label),)) for label in calls}
+    def measure(session: Any, case: Any) -> dict[str, Samples]:
+        return {label: Samples((law(label),)) for label in case.contenders}
 
     right = growth.decode
     scenario = growth.Scenario(lambda size: replace(right(size), held=lambda: size))
     monkeypatch.setitem(growth.SCENARIOS, "decoded token", scenario)
-    monkeypatch.setattr(growth.timing, "interleave", interleave)
+    monkeypatch.setattr(growth.Session, "measure", measure)
     monkeypatch.setattr(growth, "peak", lambda held: 2**20 * law(str(held())) ** 2)
     monkeypatch.setattr(importlib.import_module("results"), "RESULTS", tmp_path / "results.csv")
     monkeypatch.setattr(sys, "argv", ["bench_growth.py", *SIZES.split(), "--scenarios", "decoded token", "--save"])
