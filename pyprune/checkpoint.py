@@ -36,8 +36,9 @@ def save(
         What became of every linear; print it.
 
     Raises:
-        ValueError: the model has adapters. FileExistsError: `folder` is a file or not empty. OSError: it could not be
-            written.
+        ValueError: the model has adapters.
+        FileExistsError: `folder` is a file or not empty.
+        OSError: it could not be written.
     """
     with _packed(model) as report:
         _write(model, tokenizer, folder, max_shard_size)

@@ -136,7 +136,8 @@ def nm_prune(scores: Tensor, n: int, m: int, previous_bits: Tensor | None = None
         And how many of its bits differ from `previous_bits` (0 without them): int64, a scalar tensor.
 
     Raises:
-        ValueError: a score is NaN (the first such group is named), or a shape does not fit. TypeError: a dtype.
+        ValueError: a score is NaN (the first such group is named), or a shape does not fit.
+        TypeError: a dtype does not fit.
     """
     return torch.ops.pyprune.nm_prune(scores, n, m, previous_bits)
 
@@ -153,8 +154,8 @@ def nm_compress(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
         Indices rise within a group; one with fewer nonzeros takes its zeros of lowest index along.
 
     Raises:
-        ValueError: a group has more than n nonzeros (the first one is named), or a shape does not fit. TypeError: a
-            dtype.
+        ValueError: a group has more than n nonzeros (the first one is named), or a shape does not fit.
+        TypeError: a dtype does not fit.
     """
     return torch.ops.pyprune.nm_compress(weight, n, m)
 

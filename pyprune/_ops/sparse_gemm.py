@@ -411,7 +411,7 @@ def gathered_linear(
     out_index: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y = x W[out_index][:, in_index]^T + bias[out_index]: a linear with channels removed, without a copy of the rest.
+    """`y = x W[out_index][:, in_index]^T + bias[out_index]`: a linear with channels removed, no copy of the rest.
 
     x has the kept inputs alone, and y the kept outputs. Takes part in autocast.
 

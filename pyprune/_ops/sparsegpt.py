@@ -113,6 +113,7 @@ def sparsegpt_solve(
     """Drops weights column by column and lets the columns behind make up for them; no gradient.
 
     With U the upper Cholesky factor of the inverse Hessian, in slabs of `block` columns:
+
         keep = mask of scores w^2 / U_jj^2;   q = keep * w;   e = (w - q) / U_jj;   w_k -= e U_jk for k >= j
 
     Args:

@@ -27,8 +27,11 @@ CLIPPING_START = 4.0  # sigmoid: 0.98 of the largest weight of a group
 
 @dataclass
 class BESA(OneShot):
-    """Minimises sum_c ||y_c - t_c||^2 / ||t_c||^2 / d + penalty ((s - s*) / s*)^2 of each block's output y over the
-    logits of its rows' rates, with s the block's sparsity and s* what it should be."""
+    """Minimises, over the logits of the rates of a block's rows,
+
+        sum_c ||y_c - t_c||^2 / ||t_c||^2 / d + penalty ((s - s*) / s*)^2
+
+    with y the block's output, s its sparsity and `s*` what that should be."""
 
     pattern: str = option("layer", "only layer: BESA itself counts out every row")
     rates: str = option("row", "what has a rate of its own: every row, or every layer", choices=["row", "layer"])
