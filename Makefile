@@ -1,5 +1,5 @@
 # make        the environment, with everything built        make test   style, types and tests
-# make demo   tune and prune a real model and compare       make bench  speed of the kernels
+# make demo   tune and prune a real model and compare       make bench  speed, kept in benchmarks/results.csv
 # make lint   style and types        make format  put the style right        make clean  remove what make made
 # make docs   the site, in build/site; a broken link or reference is an error
 # make sanitize    the CPU kernels under AddressSanitizer and UBSan

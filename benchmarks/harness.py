@@ -125,9 +125,10 @@ def report(case: Case, found: dict[str, Samples], device: torch.device, clock: C
 def run(
     case: Case, device: torch.device, rounds: int, clock: Clock = time.perf_counter, budget: float = math.inf
 ) -> list[Row]:
-    """Checks, measures, prints and returns the rows of one case, that of its floor last."""
+    """Checks, measures, prints and returns the rows of one case, that of its floor last. The floor is one of the wall
+    clock, so processor time has none."""
     found = measure(case, device, rounds, clock, budget)
-    if case.bytes or case.operations:
+    if clock is not time.process_time and (case.bytes or case.operations):
         found["floor"] = Samples((timing.floor(case.bytes, case.operations, device, case.dtype),))
     if device.type == "cuda":
         gc.collect()  # graphs hold memory of the device

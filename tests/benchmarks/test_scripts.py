@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
@@ -163,6 +164,36 @@ def test_ast_step(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     whole = ["AST", "dense", "products + AdamW", "mask refresh"]
     assert found == [("nm_adamw step", name) for name in op] + [("ast step", name) for name in whole]
     assert {row["unit"] for row in kept} == {"ms"} and "goal 80%" in capsys.readouterr().out
+
+
+def test_llama_cpp_is_skipped_where_it_is_not(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    kept = script("bench_llama_cpp", "--shape toy --layers 1 --context 8 --rounds 2 --threads 1")
+    assert [row["provider"] for row in kept] == ["dense", "2:4", "50%", "70%"]
+    assert capsys.readouterr().out.count("tests/surgery/llama_cpp.sh builds it") == 2
+
+
+def test_what_llama_cpp_reads_is_the_model(script: Any, tmp_path: Path) -> None:
+    module, models = importlib.import_module("bench_llama_cpp"), importlib.import_module("models")
+    model = models.build("toy", torch.float32)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        read = module.write(model, tmp_path / "toy.gguf", "Q8_0")
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "toy.gguf").tensors}
+    assert read == sum(
+        tensor.n_bytes for tensor in held.values() if len(tensor.shape) == 2
+    )  # the head is the embedding
+    found = {name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type)) for name, t in held.items()}
+    down, key = model.model.layers[1].mlp.down_proj.weight, model.model.layers[1].self_attn.k_proj.weight
+    torch.testing.assert_close(found["blk.1.ffn_down.weight"], down.detach(), rtol=0, atol=0)
+    for name, weight in model.named_parameters():  # 8 bits: half a step of a block's largest value
+        assert (weight - before[name]).abs().max() <= before[name].abs().max() / 127 * 0.51
+    # rotary pairs: channel i of the first half and of the second half of a head become neighbours
+    pairs = found["blk.1.attn_k.weight"].view(2, 8, 2, 64)
+    torch.testing.assert_close(pairs[:, :, 0], key.detach().view(2, 16, 64)[:, :8], rtol=0, atol=0)
+    torch.testing.assert_close(pairs[:, :, 1], key.detach().view(2, 16, 64)[:, 8:], rtol=0, atol=0)
 
 
 def test_host(script: Any) -> None:
