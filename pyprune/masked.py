@@ -176,6 +176,11 @@ class _MaskedProduct(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------------- sharded parameters
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds some rows only (FSDP2)."""
+    return isinstance(tensor, DTensor)
+
+
 def full(tensor: Tensor) -> Tensor:
     """All of a tensor that FSDP2 may have sharded; then every process must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pyprune.architectures import Linear, describe_blocks
 from pyprune.blockwise import InputNorm
 from pyprune.distillation import Distillation, Weights
-from pyprune.masked import MaskedLinear, MaskRule
+from pyprune.masked import MaskedLinear, MaskRule, is_sharded
 from pyprune.methods import option
 from pyprune.models import open_model
 from pyprune.optim import MaskedAdamW
@@ -141,10 +141,10 @@ class AST:
     def finalize(self, model: nn.Module) -> nn.Module:
         """The model with its own linears again, masked weights zero. With SLoRB, which a stock linear cannot hold, the
         linears are packed instead (`SparseLinear`); that model too is saved and loaded by transformers after
-        `import pyprune`.
+        `import pyprune`. Under FSDP2 every process has to call it; what else is sharded stays so.
 
         Raises:
-            RuntimeError: training ended before a gradual mask was final.
+            RuntimeError: training ended before a gradual mask was final; or, with SLoRB, weights sharded by FSDP2.
         """
         self._prepared("finalize").finish(model)
         self._tuning = None  # it holds the teacher
@@ -298,6 +298,11 @@ class _Tuning:
                     f"AST.finalize: the mask of {name} is not {self.rule} yet; train until the milestone of a "
                     "gradual mask, and REFRESH steps more"
                 )
+        if self.options.slorb is not None and any(map(is_sharded, model.parameters())):
+            raise RuntimeError(
+                "AST.finalize: with slorb the weights are packed, which needs them whole, and FSDP2 has sharded them; "
+                "load the whole state dict into a model prepared in one process, and finalize that"
+            )
         if self.distillation:
             self.distillation.remove()
         if self.options.slorb is not None:
