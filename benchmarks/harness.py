@@ -82,7 +82,7 @@ def measure(
 ) -> dict[str, Samples]:
     """Checks the contenders, and times them in turn with the bounds; who crashes goes to `case.skipped`.
     `time.process_time` as the clock of a CPU is for one thread on a busy machine. `budget`: seconds for the case, where
-    slow calls get fewer rounds, at least 3."""
+    slow calls get fewer rounds (`timing.race`)."""
     entrants: dict[str, timing.Entrant] = {}
     for name, contender in (case.contenders | case.bounds).items():
         try:

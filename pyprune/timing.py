@@ -151,8 +151,8 @@ def race(
 ) -> dict[str, Samples]:
     """`interleave` on as many data sets of each as make its data cold (`copies_for`), or on `copies`.
 
-    Where all rounds would take more than `budget` seconds there are fewer of them, at least 3, and fewer data sets: a
-    call that takes far longer than reading its data is as slow where it finds it in a cache.
+    Where all rounds would take more than `budget` seconds there are fewer of them, at least 3, or 1 where that already
+    takes longer; and fewer data sets: a call far longer than reading its data is as slow where it finds it in a cache.
     """
     sets: dict[str, list[Data]] = {}
     for name, entrant in entrants.items():
@@ -167,7 +167,7 @@ def race(
             name: lambda i, run=entrant.contender.run, data=sets[name]: run(*data[i])  # type: ignore[misc]
             for name, entrant in entrants.items()
         },
-        max(min(3, rounds), int(min(rounds, budget / max(turn, 1e-9)))),
+        max(1 if turn > budget else min(3, rounds), int(min(rounds, budget / max(turn, 1e-9)))),
         device,
         {name: len(data) for name, data in sets.items()},
         graphs=graphs,

@@ -66,6 +66,7 @@ def test_a_result_that_differs_is_refused(tiny: None) -> None:
         (0.001, 10, 20),  # ten rounds of 20 calls of either side take 0.4 s
         (0.0099, 10, 10),  # 20 calls would take 0.2 s a round: half as many
         (1.0, 3, 1),
+        (1.5, 1, 1),  # one round is longer than all may take
     ],
 )
 def test_slow_calls_get_fewer_rounds_and_copies(
