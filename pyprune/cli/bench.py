@@ -137,7 +137,7 @@ def _op_table(rows: list[dict[str, Any]]) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(title="ops on cold data: medians in ms", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title="ops on cold data, nm at 2:4: medians in ms", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("op", "pyprune", "torch", "gain", "limit", "reached"):
         table.add_column(column, justify="left" if column == "op" else "right", no_wrap=column != "op")
     for index, row in enumerate(rows):
