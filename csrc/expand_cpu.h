@@ -65,6 +65,14 @@ struct WideExpandTable {
   }
 };
 constexpr WideExpandTable kWideExpand;
+
+// The next of `values` at the ones of `subset`, zeros elsewhere. Reads eight elements.
+inline __m256i wide_expand_eight(int subset, const float* values) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kWideExpand.packed[subset]));
+  const __m256i places = _mm256_cvtepi8_epi32(bytes), missing = _mm256_srai_epi32(places, 31);
+  const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  return _mm256_andnot_si256(missing, _mm256_permutevar8x32_epi32(packed, places));
+}
 #endif
 
 #if defined(__AVX512VBMI2__)
@@ -116,12 +124,7 @@ inline int expand_word(uint64_t word, const T* values, T* out) {
   if constexpr (sizeof(T) == 4) {
     for (int j = 0; j < kWord; j += 8) {
       const int subset = static_cast<int>(word >> j & 0xff);
-      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kWideExpand.packed[subset]));
-      const __m256i places = _mm256_cvtepi8_epi32(bytes);
-      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + taken));
-      const __m256i missing = _mm256_srai_epi32(places, 31);
-      const __m256i spread = _mm256_andnot_si256(missing, _mm256_permutevar8x32_epi32(packed, places));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), spread);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), wide_expand_eight(subset, values + taken));
       taken += ones(subset);
     }
     return taken;

@@ -116,12 +116,28 @@ inline Halves select_halves(uint64_t word, const void* values) {
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define PYPRUNE_EIGHTS
+inline __m128i load_eight(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+
 inline __m256 widen(__m128i eight, bfloat16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
 }
 inline __m256 widen(__m128i eight, float16) { return _mm256_cvtph_ps(eight); }
 
-inline __m128i load_eight(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+// Eight elements in fp32.
+template <typename T>
+inline __m256 load_wide(const T* from) {
+  return widen(load_eight(from), T{});
+}
+inline __m256 load_wide(const float* from) { return _mm256_loadu_ps(from); }
+
+// The next of `values` at the ones of `subset`, in fp32.
+template <typename T>
+inline __m256 expand_eight(int subset, const T* values) {
+  return widen(_mm_shuffle_epi8(load_eight(values), load_eight(kExpand.bytes[subset])), T{});
+}
+inline __m256 expand_eight(int subset, const float* values) {
+  return _mm256_castsi256_ps(wide_expand_eight(subset, values));
+}
 
 // Calls use(place, eight elements in fp32) for the 64 that expand_word would write. Returns how many values were taken.
 template <typename T, typename Use>
@@ -129,7 +145,7 @@ inline int expand_eights(uint64_t word, const T* values, Use use) {
   int taken = 0;
   for (int j = 0; j < kWord; j += 8) {
     const int subset = static_cast<int>(word >> j & 0xff);
-    use(j, widen(_mm_shuffle_epi8(load_eight(values + taken), load_eight(kExpand.bytes[subset])), T{}));
+    use(j, expand_eight(subset, values + taken));
     taken += ones(subset);
   }
   return taken;
@@ -142,7 +158,7 @@ inline void select_eights(uint64_t word, const T* in, Use use) {
   for (int j = 0; j < kWord; j += 8) {
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(word >> j & 0xff)), places);
     const __m256 keep = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, places));
-    use(j, _mm256_and_ps(widen(load_eight(in + j), T{}), keep));
+    use(j, _mm256_and_ps(load_wide(in + j), keep));
   }
 }
 #endif
@@ -437,7 +453,7 @@ inline void dot_chunk(typename Source::Walk& walk, const bfloat16* x, int64_t st
 #endif
 
 #if defined(PYPRUNE_EIGHTS)
-// The same for 16-bit elements and fp32 sums, a row and eight elements at a time.
+// The same in fp32, a row and eight elements at a time.
 template <int kTokens, typename Source>
 inline void dot_chunk(typename Source::Walk& walk, const float* x, int64_t stride, float* sums) {
   constexpr int kChains = kTokens == 1 ? 4 : kTokens == 2 ? 2 : 1;  // of multiply-adds that wait for each other
@@ -560,7 +576,7 @@ void few_tokens(const Source& source, const E* x, int64_t stride, int64_t tokens
     for (int64_t chunk = 0; chunk < source.chunks; ++chunk) {
       const E* part = x + chunk * kColumns;
 #if defined(__AVX512BF16__) || defined(PYPRUNE_EIGHTS)
-      if constexpr (sizeof(T) == 2 && (sizeof(E) == 2 || kLanes == 8)) {
+      if constexpr (sizeof(E) == 2 || kLanes == 8) {
         dot_chunk<kTokens, Source>(walk, part, stride, sums);
         continue;
       }
