@@ -44,7 +44,7 @@ join() {
 
 arch=$($python -c 'import torch; print("".join(map(str, torch.cuda.get_device_capability())).replace("90", "90a"))')
 export PYPRUNE_CUDA=1 PYPRUNE_CUDA_ARCHS=${PYPRUNE_CUDA_ARCHS:-$arch}
-step build 150 $python setup.py -q build_ext --inplace || failed=$((failed + 1))
+step build 60 $python setup.py -q build_ext --inplace || failed=$((failed + 1))
 step info 20 $python -m pyprune info || failed=$((failed + 1))
 
 parallel=$($python -c 'import xdist' 2>/dev/null && echo "-n 6")
@@ -59,9 +59,9 @@ join
 
 for command in \
   "tune 45 benchmarks/tune_sparse_gemm.py --save" \
-  "bench_ops 75 benchmarks/bench_ops.py --device cuda --save" \
-  "bench_serving 60 benchmarks/bench_serving.py --device cuda --save" \
-  "bench_hsm 75 benchmarks/bench_hsm.py --device cuda --dtypes bfloat16 --tokens 2048 16384 --save"; do
+  "bench_ops 75 benchmarks/bench_ops.py --device cuda --without compile --budget 1 --save" \
+  "bench_serving 90 benchmarks/bench_serving.py --device cuda --save" \
+  "bench_hsm 50 benchmarks/bench_hsm.py --device cuda --dtypes bfloat16 --tokens 2048 16384 --save"; do
   read -r name seconds arguments <<<"$command"
   step $name $seconds $python $arguments || failed=$((failed + 1))
 done
