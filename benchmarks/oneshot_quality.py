@@ -8,7 +8,8 @@
 
 All methods prune the demo's model on the same calibration windows and are measured on the same held-out text. Sparsity
 is counted from the zeros of the blocks' linears. Each trial is kept under --out as soon as it is done, and its blocks
-while it runs. The result is oneshot_quality.csv, one row for each trial, and the picture oneshot_quality.png.
+while it runs. The result goes to oneshot_quality.csv, one row for each trial, a table for each protocol (another
+dtype, say), and to the picture oneshot_quality.png.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ LABELS = {
     "besa-reconstructed": "BESA + reconstruction",
     "wanda-reconstructed": "Wanda + reconstruction",
 }
+
+PROTOCOL = ("dtype", "calibration", "eval_tokens", "eval_window", "seed")  # rows that share it are compared
 
 Cell = dict[str, str]  # one row of the csv
 
@@ -184,7 +187,26 @@ def rows(records: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, An
     ]
 
 
+def merged(before: Sequence[Cell], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Old rows and new ones, which replace those of the same trial under the same protocol."""
+    kept = {tuple(str(row[name]) for name in ("method", "level", *PROTOCOL)): row for row in (*before, *found)}
+    return list(kept.values())
+
+
 # ------------------------------------------------------------------------------------------- the table and the picture
+
+
+def protocols(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The rows of each protocol, the largest one first."""
+    found: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(tuple(cell[name] for name in PROTOCOL), []).append(cell)
+    return sorted(found.values(), key=len, reverse=True)
+
+
+def tables(cells: Sequence[Cell]) -> str:
+    """One table for each protocol."""
+    return "\n\n".join(map(table, protocols(cells)))
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -227,23 +249,24 @@ def picture(cells: Sequence[Cell], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5.2), layout="constrained")
+    first, *others = protocols(cells)
     for name, label in LABELS.items():
-        line = sorted(
-            (100 * float(c["sparsity"]), float(c["perplexity"]))
-            for c in cells
-            if c["method"] == name and ":" not in c["level"]
-        )
-        if not line:
+        measured = next((part for part in (first, *others) if any(c["method"] == name for c in part)), None)
+        if measured is None:
             continue
-        (drawn,) = axes.plot(*zip(*line, strict=True), marker="o", label=label)
-        grouped = [
-            (100 * float(c["sparsity"]), float(c["perplexity"]))
-            for c in cells
-            if c["method"] == name and ":" in c["level"]
+        if measured is not first:
+            label += f" ({measured[0]['dtype']})"
+        points = [
+            (":" in c["level"], 100 * float(c["sparsity"]), float(c["perplexity"]))
+            for c in measured
+            if c["method"] == name
         ]
-        if grouped:
-            axes.plot(*zip(*grouped, strict=True), marker="x", linestyle="", color=drawn.get_color())
-    dense = next(cell for cell in cells if cell["method"] == "dense")
+        line = sorted((sparsity, perplexity) for grouped, sparsity, perplexity in points if not grouped)
+        (drawn,) = axes.plot(*zip(*line, strict=True), marker="o", label=label) if line else (None,)
+        for grouped, sparsity, perplexity in points:
+            if grouped:
+                axes.plot(sparsity, perplexity, marker="x", linestyle="", color=drawn.get_color() if drawn else None)
+    dense = next(cell for cell in first if cell["method"] == "dense")
     axes.axhline(float(dense["perplexity"]), color="gray", linestyle=":", label="dense")
     axes.set_yscale("log")
     axes.set_xlabel("weights removed from the blocks' linears (%); crosses: 2:4")
@@ -267,7 +290,7 @@ def main() -> None:
     add_fields(parser, Recipe, DEFAULTS)
     arguments = parser.parse_args()
     if arguments.table:
-        print(table(read_csv(CSV)))
+        print(tables(read_csv(CSV)))
         return
     print(conditions(trials.set_threads(arguments)))
     recipe: Recipe = from_fields(Recipe, arguments)
@@ -292,9 +315,9 @@ def main() -> None:
         missing = trials.run(names, result, out / "logs", arguments.jobs)
     records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
     if DENSE.file not in missing:
-        write_csv(rows(records, recipe), CSV)
+        write_csv(merged(read_csv(CSV) if CSV.exists() else [], rows(records, recipe)), CSV)
         picture(read_csv(CSV), CSV.with_suffix(".png"))
-        print(table(read_csv(CSV)))
+        print(tables(read_csv(CSV)))
     trials.finish(missing, out)
 
 

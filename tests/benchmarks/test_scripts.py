@@ -339,3 +339,12 @@ def test_oneshot_quality(oneshot: Any, tmp_path: Path, capsys: pytest.CaptureFix
     assert oneshot(chosen) and (tmp_path / "oneshot_quality.csv").read_text() == before  # nothing is pruned again
     with pytest.raises(SystemExit, match="holds trials of Recipe"):
         oneshot(f"{chosen} --seed 1")
+    capsys.readouterr()
+    both = oneshot(f"--methods wanda --levels 0.5 --dtype bfloat16 --out {tmp_path / 'bf16'}")
+    assert both[: len(cells)] == cells and [(row["method"], row["dtype"]) for row in both[len(cells) :]] == [
+        ("dense", "bfloat16"),
+        ("wanda", "bfloat16"),
+    ]
+    first, second = capsys.readouterr().out.split("|  | 50% |")[1:]  # another protocol has a table of its own
+    assert "float32, seed 0" in first and "reconstruction" in first
+    assert "bfloat16, seed 0" in second and "reconstruction" not in second
