@@ -2,7 +2,8 @@
 
 A provider takes a case of `pyprune.speed` and returns a contender, or says in a line why there is none here. What is
 not a dependency (bitsandbytes) is found at run time. Models have their rivals in their own scripts: PEFT's LoRA in
-bench_pat_step.py, llama.cpp in bench_llama_cpp.py, other methods' recipes in bench_blockwise.py.
+bench_pat_step.py and bench_loraprune_step.py, llama.cpp in bench_llama_cpp.py, other methods' recipes in
+bench_blockwise.py.
 """
 
 from __future__ import annotations

@@ -100,6 +100,17 @@ def test_pat_step_memory(script: Any) -> None:
     assert found * module.MEBIBYTE > logits_bytes
 
 
+def test_loraprune_step(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = script(
+        "bench_loraprune_step", "--shapes toy --dtypes float32 --tokens 32 --window 16 --rounds 2 --threads 1"
+    )
+    times = {row["provider"]: float(row["p50"]) for row in kept}
+    assert list(times) == ["lora", "scoring", "masked", "cut", "limit of scoring", "limit of cut"]
+    assert times["limit of scoring"] == times["lora"]  # masks multiply nothing
+    assert 0.6 < times["limit of cut"] / times["lora"] < 0.9  # a quarter of all weights, more of the linears'
+    assert "cut against masked" in capsys.readouterr().out
+
+
 def test_serving(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     kept = script("bench_serving", SERVING)
     cases = [(row["benchmark"], row["case"].partition("float32 ")[2]) for row in kept[::4]]

@@ -1,0 +1,107 @@
+"""Time of a training step: PEFT LoRA, LoRAPrune before its first mask (all groups scored), masked, and cut.
+
+    python benchmarks/bench_loraprune_step.py --threads 2 --save
+
+All have the same LoRA. The contenders take turns, step by step, as in bench_pat_step.py. Before anything is timed, the
+logits of LoRAPrune at its start must be LoRA's, and those of the cut model the masked model's. A quarter of the
+parameters goes. The limit is the ratio of the floating-point operations, counted while the step runs. Scores do not
+count: they multiply each weight with 3 x 8 numbers in a step, where every token multiplies it two or three times.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from bench_pat_step import Tuning
+from harness import Case, Contender, Samples, Session, options
+from models import SHAPES, build, check_equal, floating_point_operations, logits
+from torch import Tensor
+
+from pyprune import LoRAPrune
+from pyprune.methods.lora import LoRA
+
+ADAPTERS = {"lora_rank": 8, "lora_alpha": 16.0, "lora_dropout": 0.0}
+STEPS = 4  # of a whole pruning; behind the second one all is masked, and cut
+LIMITED = {"scoring": "lora", "cut": "lora"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model, dtype and batch."""
+
+    shape: str
+    dtype: str
+    tokens: int
+    window: int
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype} batch={self.tokens // self.window}x{self.window}"
+
+    def ids(self) -> Tensor:
+        """The batch [tokens / window, window]."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(
+            SHAPES[self.shape]["vocab_size"], (self.tokens // self.window, self.window), generator=generator
+        )
+
+
+def contender(setting: Setting, name: str) -> Tuning:
+    """ "lora", "scoring", "masked" or "cut", in the state that is to be measured."""
+    model = build(setting.shape, getattr(torch, setting.dtype))
+    if name == "lora":
+        return Tuning(model, LoRA(**ADAPTERS), setting.ids(), 1000)
+    if name == "scoring":
+        return Tuning(model, LoRAPrune(round_to=16, **ADAPTERS), setting.ids(), 100_000)
+    schedule = {"warmup_share": 0.0, "cooldown_share": 0.5, "mask_every": 1, "milestones": int(name == "cut")}
+    tuning = Tuning(model, LoRAPrune(round_to=16, **schedule, **ADAPTERS), setting.ids(), STEPS)
+    for _ in range(STEPS):
+        tuning.step()
+    return tuning
+
+
+def time_steps(setting: Setting, session: Session) -> None:
+    """Checks, times and reports one setting."""
+    tunings = {name: contender(setting, name) for name in ("lora", "scoring", "masked", "cut")}
+    read = {name: logits(tuning.model, setting.ids()[:1]) for name, tuning in tunings.items()}
+    dtype = getattr(torch, setting.dtype)
+    check_equal("LoRAPrune at its start against LoRA at its start", read["scoring"], read["lora"], dtype)
+    check_equal("cut against masked", read["cut"], read["masked"], dtype)
+    operations = {name: floating_point_operations(tuning.step) for name, tuning in tunings.items()}
+    case = Case(
+        "loraprune step",
+        str(setting),
+        {name: Contender(tuning.step) for name, tuning in tunings.items()},
+        graphs=False,
+        unit="ms",
+    )
+    found = session.measure(case)
+    limits = {name: operations[name] / operations[other] for name, other in LIMITED.items()}
+    bounds = {
+        f"limit of {name}": Samples(tuple(limits[name] * seconds for seconds in found[other].seconds))
+        for name, other in LIMITED.items()
+    }
+    session.report(case, found | bounds)
+    for name, other in LIMITED.items():
+        print(
+            f"  {name} takes {found[name].p50 / found[other].p50:.2f}x the time of {other} (limit {limits[name]:.2f}x)"
+        )
+
+
+def main() -> None:
+    """Runs all combinations."""
+    parser = options(__doc__, rounds=15, devices=("cpu",))
+    parser.add_argument("--shapes", nargs="+", default=["smollm2-135m", "llama-2048"], choices=SHAPES)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--tokens", type=int, default=1024, help="in a step")
+    parser.add_argument("--window", type=int, default=256)
+    arguments: argparse.Namespace = parser.parse_args()
+    session = Session(arguments)
+    for shape in arguments.shapes:
+        for dtype in arguments.dtypes:
+            time_steps(Setting(shape, dtype, arguments.tokens, arguments.window), session)
+
+
+if __name__ == "__main__":
+    main()
