@@ -177,9 +177,12 @@ class Block:
 
     def write(self, name: str, matrix: Tensor) -> None:
         """Replaces a linear's weight by `matrix` [out, in]. Raises PruningError when that is not finite."""
+        weight = self.linears[name].matrix
         if not bool(torch.isfinite(matrix).all()):
+            if not bool(torch.isfinite(weight).all()):
+                raise PruningError(f"{self.name}.{name}: its weight is not finite (NaN or infinite); check the model")
             raise PruningError(f"{self.name}.{name}: the solved weights are not finite; raise the damping")
-        self.linears[name].matrix.copy_(matrix)
+        weight.copy_(matrix)
 
     def zeros(self) -> dict[str, int]:
         """The zeros of each linear, counted."""
@@ -526,7 +529,7 @@ def check_sparsity(sparsity: float, pattern: patterns.Pattern, rates: str) -> No
         return
     fixed = 1 - pattern.n / pattern.m
     if abs(sparsity - fixed) > 1e-9:
-        raise ValueError(f"sparsity is {sparsity}, but the pattern {pattern.name} makes it {fixed:g}; give that")
+        raise ValueError(f"sparsity is {sparsity}, but the pattern {pattern.name} makes it {fixed}; give that")
     if rates != "uniform":
         raise ValueError(f"allocation is {rates!r}, but the pattern {pattern.name} fixes every linear's sparsity")
 

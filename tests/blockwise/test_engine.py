@@ -15,8 +15,9 @@ from decoders import FAMILIES, block_inputs, calibration, decoder
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from pyprune import patterns
 from pyprune.architectures import describe_blocks
-from pyprune.blockwise import Block, Gram, InputNorm, PruningError, linears_of, prune
+from pyprune.blockwise import Block, Gram, InputNorm, PruningError, check_sparsity, linears_of, prune
 from pyprune.methods.magnitude import Magnitude
 from pyprune.methods.oneshot import OneShot
 from pyprune.methods.sparsegpt import SparseGPT
@@ -325,6 +326,13 @@ def test_options_that_do_not_fit_are_refused_before_anything_changes(method: One
     assert same(weights(model), before)
 
 
+def test_the_sparsity_that_a_refusal_gives_is_accepted() -> None:
+    sevenths = patterns.parse("3:7")
+    with pytest.raises(ValueError, match="the pattern 3:7 makes it") as error:
+        check_sparsity(0.571429, sevenths, "uniform")
+    check_sparsity(float(str(error.value).split()[-3].rstrip(";")), sevenths, "uniform")
+
+
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
@@ -352,6 +360,10 @@ def test_activations_that_are_not_finite_are_named_by_layer() -> None:
         prune(model, Wanda(), calibration())
     with pytest.raises(PruningError, match=r"^model\.layers\.1\.mlp\.up_proj: scores are not finite"):
         prune(model, Magnitude())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = float("nan")
+    with pytest.raises(PruningError, match=r"^model\.layers\.1\.mlp\.up_proj: its weight is not finite"):
+        prune(model, SparseGPT(), calibration())
     model = decoder("llama", dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.bias[3] = float("nan")
