@@ -235,8 +235,7 @@ class TokenStream:
         count = len(self) // body
         if count == 0:
             raise DataError(
-                f"the text to train on has {len(self)} tokens, fewer than one window of {body}; give more text or a "
-                "smaller window"
+                f"the text has {len(self)} tokens, fewer than one window of {body}; give more text or a smaller window"
             )
         ids, labels = (x[: count * body].view(count, body) for x in (self.ids, self.labels))
         if self.bos is not None:
