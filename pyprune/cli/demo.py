@@ -18,7 +18,6 @@ DEMO: dict[str, Any] = {
     "window": 256,
     "learning_rate": 1e-3,
     "warmup": 4,
-    "dtype": "bfloat16",
     "eval_tokens": 16384,
     "round_to": 16,
     "lora_rank": 16,
@@ -32,9 +31,9 @@ show = experiment.show
 
 
 def options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
-    from pyprune.models import fast_dtype
+    from pyprune.models import fast_dtype  # with torch, which the help of other commands need not wait for
 
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
     experiment.add_options(parser, argv, "lora,prune-then-tune", DEMO | {"dtype": fast_dtype()})
 
 
