@@ -6,8 +6,8 @@
 // weights as well: 32 multiply-adds a cycle, and decoding is shared by all tokens.
 //
 // A thread takes a block of rows and walks its columns panel by panel (4096 elements). Three ways through a panel:
-// - decode and multiply in registers, up to kDotTokens tokens, bf16 with AVX-512 BF16: the sums of a row and token are
-//   a vector in the first-level cache, added up across its lanes at the end.
+// - decode and multiply in registers, up to kDotTokens tokens, bf16 with AVX-512 BF16 and all types with AVX2: the sums
+//   of a row and token are a vector in the first-level cache, added up across its lanes at the end.
 // - decode to a panel in the first-level cache, then the same.
 // - more tokens: decode to a panel, then a small product with 16 tokens to a vector and weights broadcast.
 // The elements of a panel are bf16 with AVX-512 BF16, fp32 otherwise. Each sum has one order, given by the shape.
