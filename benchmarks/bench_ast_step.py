@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from bench_ops import contest
 from harness import Case, Contender, Session, options
-from models import SHAPES, build
+from models import SHAPES, batch_of, build
 from results import Row
 from torch import Tensor, nn
 
@@ -85,9 +85,7 @@ class Setting:
 
     def ids(self) -> Tensor:
         """The batch."""
-        vocabulary = SHAPES[self.shape]["vocab_size"]
-        generator = torch.Generator().manual_seed(1)
-        return torch.randint(vocabulary, (self.tokens // self.window, self.window), generator=generator)
+        return batch_of(self.shape, self.tokens, self.window)
 
 
 class Tuning:

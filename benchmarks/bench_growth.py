@@ -235,7 +235,7 @@ def measure(name: str, values: dict[str, list[int]], session: Session) -> list[R
     along = {axis: [replace(base, **{axis: value}) for value in scaled[axis]] for axis in scenario.axes}
     works = {size: scenario.make(size) for sizes in along.values() for size in sizes}
     memory = {size: peak(work.held or work.call) / 2**20 for size, work in works.items()}
-    case = Case(benchmark, str(base), {str(size): Contender(work.call, lambda: ()) for size, work in works.items()})
+    case = Case(benchmark, str(base), {str(size): Contender(work.call) for size, work in works.items()})
     taken = session.measure(case)
     if case.skipped:
         raise SystemExit(f"{benchmark}: {case.skipped}")

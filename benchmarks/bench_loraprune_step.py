@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from bench_pat_step import Tuning
 from harness import Case, Contender, Samples, Session, options
-from models import SHAPES, build, check_equal, floating_point_operations, logits
+from models import SHAPES, batch_of, build, check_equal, floating_point_operations, logits
 from torch import Tensor
 
 from pyprune import LoRAPrune
@@ -41,14 +41,11 @@ class Setting:
 
     def ids(self) -> Tensor:
         """The batch [tokens / window, window]."""
-        generator = torch.Generator().manual_seed(1)
-        return torch.randint(
-            SHAPES[self.shape]["vocab_size"], (self.tokens // self.window, self.window), generator=generator
-        )
+        return batch_of(self.shape, self.tokens, self.window)
 
 
 def contender(setting: Setting, name: str) -> Tuning:
-    """ "lora", "scoring", "masked" or "cut", in the state that is to be measured."""
+    """One of "lora", "scoring", "masked" or "cut", in the state that is to be measured."""
     model = build(setting.shape, getattr(torch, setting.dtype))
     if name == "lora":
         return Tuning(model, LoRA(**ADAPTERS), setting.ids(), 1000)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 from harness import Case, Contender, Samples, Session, options
-from models import SHAPES, build, check_equal, floating_point_operations, logits
+from models import SHAPES, batch_of, build, check_equal, floating_point_operations, logits
 from results import Row
 from torch import Tensor, nn
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
@@ -60,9 +60,7 @@ class Setting:
 
     def ids(self) -> Tensor:
         """The batch [tokens / window, window]."""
-        generator = torch.Generator().manual_seed(1)
-        vocabulary = SHAPES[self.shape]["vocab_size"]
-        return torch.randint(vocabulary, (self.tokens // self.window, self.window), generator=generator)
+        return batch_of(self.shape, self.tokens, self.window)
 
 
 class Tuning:

@@ -125,7 +125,7 @@ def decode(sides: Sides, title: str, batch: int, context: int) -> tuple[Case, fl
     """The case, and the limit of the gain."""
     steps = {side: Decoding(model, batch, context) for side, model in sides.items()}
     dense, least = (steps[side].bytes() for side in ("dense", "pyprune"))
-    contenders = {side: Contender(decoding.step, lambda: ()) for side, decoding in steps.items()}
+    contenders = {side: Contender(decoding.step) for side, decoding in steps.items()}
     label = f"{title} batch={batch} context={context}"
     return Case("decode a token", label, contenders, least, dtype=sides["dense"].dtype), dense / least
 
@@ -143,9 +143,7 @@ def first_token(sides: Sides, title: str, batch: int, tokens: int) -> tuple[Case
     most = floating_point_operations(lambda: prompt_step(dense, ids))
     smaller = model.config.hidden_size < dense.config.hidden_size
     least = floating_point_operations(lambda: prompt_step(model, ids)) if smaller else most
-    contenders = {
-        side: Contender(lambda model=model: prompt_step(model, ids), lambda: ()) for side, model in sides.items()
-    }
+    contenders = {side: Contender(lambda model=model: prompt_step(model, ids)) for side, model in sides.items()}
     label = f"{title} batch={batch} prompt={tokens}"
     return Case("first token", label, contenders, work(model)[1], least, dense.dtype), most / least
 

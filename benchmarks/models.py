@@ -62,6 +62,12 @@ def build(shape: str, dtype: torch.dtype, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(dtype)
 
 
+def batch_of(shape: str, tokens: int, window: int) -> Tensor:
+    """Random ids [tokens / window, window] of a model in `SHAPES`, the same at every call."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(SHAPES[shape]["vocab_size"], (tokens // window, window), generator=generator)
+
+
 def conditions(threads: int) -> str:
     """What a reader must know of the machine, as it is now."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
