@@ -13,7 +13,7 @@ from hsm_checks import Launchers
 @pytest.fixture(scope="session")
 def compiled_emulator() -> Emulator:
     if platform.system() != "Linux":
-        pytest.skip("the emulator needs Linux: protected pages, signal stacks, ucontext")
+        pytest.skip("the emulator needs Linux: protected memory, signal stacks, ucontext")
     return Emulator()
 
 

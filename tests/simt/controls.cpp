@@ -7,7 +7,7 @@ void simt_configure(int order, bool greedy, bool lazy, unsigned seed, int skip_l
   simt::options = {static_cast<simt::Order>(order), greedy, lazy, seed, skip_line, processors};
 }
 
-// `bytes` of 0xFF whose end (or start) is flush with a protected page.
+// `bytes` of 0xFF whose end (or start) is flush with protected memory.
 void* simt_allocate(size_t bytes, bool at_end) {
   auto memory = std::make_unique<simt::GuardedMemory>(bytes, at_end);
   void* const data = memory->data();

@@ -157,7 +157,7 @@ class Emulator:
             yield
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """NaN-filled memory that ends (`at_end`) or starts flush with a protected page; valid until free_all()."""
+        """NaN-filled memory that ends (`at_end`) or starts flush with protected memory; valid until free_all()."""
         count = torch.Size(shape).numel()
         if count == 0:
             return torch.empty(shape, dtype=dtype)

@@ -3,8 +3,8 @@
 // What it checks while it runs
 // - Barriers and warp collectives are rendezvous: lanes at different ones, or waiting for lanes that never come, are
 //   reported as divergence or deadlock with block, thread and source line.
-// - Shared memory starts as NaN and ends at a protected page, as do buffers from simt_allocate: touching the byte after
-//   the end is reported with block and thread.
+// - Shared memory starts as NaN and lies between protected addresses, as do buffers from simt_allocate: touching the
+//   byte after the end, or any that a 32-bit index reaches, is reported with block and thread.
 // - cp.async lands as late as allowed (lazy: at the wait) or as early (eager: at the issue); fibers and blocks run
 //   forward, in reverse, in random order, or one warp at a time (greedy). A kernel is right when all agree.
 // - `skip_line` leaves out the barrier or wait of one source line, so that a test can see its absence being noticed.
@@ -67,8 +67,9 @@ constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStackBytes = 64 << 10;
-constexpr size_t kSharedLimit = 99 << 10;  // The smallest of the supported architectures (sm_120).
-constexpr size_t kSlotBytes = 64;          // The largest value that lanes exchange.
+constexpr size_t kSharedLimit = 99 << 10;    // The smallest of the supported architectures (sm_120).
+constexpr size_t kSlotBytes = 64;            // The largest value that lanes exchange.
+constexpr size_t kReach = size_t{64} << 30;  // As far as a 32-bit index of 16-byte words gets.
 
 enum class Order : int { kForward = 0, kReverse = 1, kRandom = 2 };
 
@@ -86,19 +87,22 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Memory that ends (or starts, `at_end` = false) flush with a protected page; filled with 0xFF, a NaN in every type.
+// Memory that ends (or starts, `at_end` = false) flush with protected addresses; filled with 0xFF, a NaN in every type.
+// The protected addresses, `guard` bytes on either side, cost nothing. They reach far: a kernel without its barrier may
+// store at an index that is any number, and must not hit what belongs to the process.
 class GuardedMemory {
  public:
-  GuardedMemory(size_t bytes, bool at_end) : bytes_(bytes) {
+  GuardedMemory(size_t bytes, bool at_end, size_t guard = kReach) : bytes_(bytes) {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     const size_t inner = (bytes + page - 1) / page * page;
-    mapped_ = inner + 2 * page;
+    mapped_ = inner + 2 * guard;
     base_ = static_cast<unsigned char*>(
         mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (base_ == MAP_FAILED) throw std::bad_alloc();
-    if (inner != 0) mprotect(base_ + page, inner, PROT_READ | PROT_WRITE);
-    data_ = at_end ? base_ + page + inner - bytes : base_ + page;
-    std::memset(base_ + page, 0xFF, inner);
+    unsigned char* const first = base_ + guard;
+    if (inner != 0 && mprotect(first, inner, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+    data_ = at_end ? first + inner - bytes : first;
+    std::memset(first, 0xFF, inner);
   }
   ~GuardedMemory() { munmap(base_, mapped_); }
   GuardedMemory(const GuardedMemory&) = delete;
@@ -344,7 +348,7 @@ class Scheduler {
       Fiber& f = block->fibers[i] = Fiber{};
       f.index = static_cast<int>(i);
       getcontext(&f.start);
-      if (i == stacks.size()) stacks.emplace_back(kStackBytes, /*at_end=*/true);
+      if (i == stacks.size()) stacks.emplace_back(kStackBytes, /*at_end=*/true, /*guard=*/kStackBytes);
       f.start.uc_stack.ss_sp = stacks[i].data();
       f.start.uc_stack.ss_size = kStackBytes;
       f.start.uc_link = nullptr;

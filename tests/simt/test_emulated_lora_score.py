@@ -29,7 +29,7 @@ def test_agrees_with_fp64(
 
 
 def test_nothing_before_the_start(emulator: Emulator, launchers: Launchers) -> None:
-    """Buffers start at a protected page."""
+    """Buffers start at protected memory."""
     emulator.at_end = False
     factors = make(19, 37, 3, torch.bfloat16)
     check(factors, 1, run(launchers, factors, 1))

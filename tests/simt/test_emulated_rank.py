@@ -28,7 +28,7 @@ def test_agrees_with_fp64(
 
 
 def test_the_most_steps_and_nothing_before_the_start(emulator: Emulator, launchers: Launchers) -> None:
-    """At 255 steps a block has one row; buffers start at a protected page."""
+    """At 255 steps a block has one row; buffers start at protected memory."""
     emulator.at_end = False
     inputs = make_inputs(3, 520, torch.bfloat16)
     check_gradient(inputs, 255, rank_bucket_grad(launchers, inputs, 255))

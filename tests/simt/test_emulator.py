@@ -79,6 +79,16 @@ def test_out_of_bounds_in_shared_memory(emulator: Emulator) -> None:
         emulator.call("run_read_shared", out, 1)
 
 
+@pytest.mark.parametrize("distance", [2**33, -(2**33)])
+def test_far_out_of_bounds(emulator: Emulator, distance: int) -> None:
+    """Where a garbage index leads, no memory of this process lies."""
+    data, out = (emulator.empty(200, dtype=torch.int32) for _ in range(2))
+    with pytest.raises(RuntimeError, match=rf"a buffer of 800 bytes, at offset {distance}: .*thread 0"):
+        emulator.call("run_grid_copy", data, ctypes.c_void_p(out.data_ptr() + distance), 200)
+    with pytest.raises(RuntimeError, match=rf"shared memory of 512 bytes, at offset {distance // 4}: .*thread 0"):
+        emulator.call("run_read_shared", out, distance // 16)
+
+
 def test_stack_overflow(emulator: Emulator) -> None:
     out = emulator.empty(THREADS, dtype=torch.int32)
     emulator.call("run_use_stack", out, 50)
