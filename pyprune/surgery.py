@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from torch import nn
 
 from pyprune.architectures import Decoder, base, describe, unwrap, weight_of
@@ -175,8 +175,13 @@ def quantised(linear: nn.Module) -> bool:
 
 def dense_weight(linear: nn.Module) -> torch.Tensor:
     """A linear's weight [out, in] as numbers; a quantised one through its quantiser's own dequantisation."""
-    weight = weight_of(linear).detach()
-    return dequantize_module_weight(base(linear)).detach() if quantised(linear) else weight
+    if not quantised(linear):
+        return weight_of(linear).detach()
+    layer: Any = base(linear)
+    if get_bnb_param_type(layer.weight):
+        # not PEFT's function for modules: on a CPU it puts an 8-bit weight back without its scales
+        return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).detach()
+    return dequantize_module_weight(layer).detach()
 
 
 @torch.no_grad()
