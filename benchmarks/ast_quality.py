@@ -14,7 +14,6 @@ ast_quality.csv, one row for each trial and measurement, and the picture ast_qua
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ import trials
 from models import conditions
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from trials import Cell, add_rows, protocols, read_csv
 
 from pyprune import data, evaluation
 from pyprune.blockwise import prune
@@ -42,7 +42,9 @@ from pyprune.training import latest_checkpoint, tune
 CSV = Path(__file__).with_name("ast_quality.csv")
 PATTERN = "2:4"
 
-Cell = dict[str, str]  # one row of the csv
+# of a trial's recipe: rows that share it are compared
+PROTOCOL = ("steps", "batch_size", "window", "learning_rate", "warmup", "refresh", "calibration_windows")
+PROTOCOL += ("eval_tokens", "eval_window", "dtype", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,26 +203,15 @@ def rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def write_csv(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """Replaces the file."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
-
-
-def read_csv(path: Path) -> list[Cell]:
-    """The rows that `write_csv` wrote. Raises SystemExit when there are none yet."""
-    if not path.exists():
-        raise SystemExit(f"{path} does not exist; run this script without --table first")
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def curves(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """The measurements of each trial, in the order of `TRIALS`."""
     found = {name: [cell for cell in cells if cell["trial"] == name] for name in TRIALS}
     return {name: line for name, line in found.items() if line}
+
+
+def tables(cells: Sequence[Cell]) -> str:
+    """One table for each protocol."""
+    return "\n\n".join(map(table, protocols(cells, PROTOCOL)))
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -274,7 +265,7 @@ def main() -> None:
     add_fields(parser, Recipe)
     arguments = parser.parse_args()
     if arguments.table:
-        print(table(read_csv(CSV)))
+        print(tables(read_csv(CSV)))
         return
     dense, recipe = arguments.model or arguments.out / "dense", from_fields(Recipe, arguments)
     print(conditions(trials.set_threads(arguments)))
@@ -297,9 +288,9 @@ def main() -> None:
     if any(record["recipe"] != records[0]["recipe"] for record in records):
         raise SystemExit(f"the trials in {arguments.out} had different recipes; they are no comparison")
     if records:
-        write_csv(rows(records), CSV)
-        picture(read_csv(CSV), CSV.with_suffix(".png"))
-        print(table(read_csv(CSV)))
+        cells = add_rows(rows(records), CSV, ("trial", "step", *PROTOCOL))
+        picture(protocols(cells, PROTOCOL)[0], CSV.with_suffix(".png"))
+        print(tables(cells))
     trials.finish(missing, arguments.out)
 
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import trials
 from models import conditions
-from pat_quality import read_csv, write_csv
 from torch import Tensor
+from trials import Cell, add_rows, protocols, read_csv
 
 from pyprune import data, evaluation
 from pyprune.blockwise import prune
@@ -67,8 +67,6 @@ LABELS = {
 }
 
 PROTOCOL = ("dtype", "calibration", "eval_tokens", "eval_window", "seed")  # rows that share it are compared
-
-Cell = dict[str, str]  # one row of the csv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,26 +185,12 @@ def rows(records: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, An
     ]
 
 
-def merged(before: Sequence[Cell], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Old rows and new ones, which replace those of the same trial under the same protocol."""
-    kept = {tuple(str(row[name]) for name in ("method", "level", *PROTOCOL)): row for row in (*before, *found)}
-    return list(kept.values())
-
-
 # ------------------------------------------------------------------------------------------- the table and the picture
-
-
-def protocols(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The rows of each protocol, the largest one first."""
-    found: dict[tuple[str, ...], list[Cell]] = {}
-    for cell in cells:
-        found.setdefault(tuple(cell[name] for name in PROTOCOL), []).append(cell)
-    return sorted(found.values(), key=len, reverse=True)
 
 
 def tables(cells: Sequence[Cell]) -> str:
     """One table for each protocol."""
-    return "\n\n".join(map(table, protocols(cells)))
+    return "\n\n".join(map(table, protocols(cells, PROTOCOL)))
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -249,7 +233,7 @@ def picture(cells: Sequence[Cell], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5.2), layout="constrained")
-    first, *others = protocols(cells)
+    first, *others = protocols(cells, PROTOCOL)
     for name, label in LABELS.items():
         measured = next((part for part in (first, *others) if any(c["method"] == name for c in part)), None)
         if measured is None:
@@ -315,9 +299,9 @@ def main() -> None:
         missing = trials.run(names, result, out / "logs", arguments.jobs)
     records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
     if DENSE.file not in missing:
-        write_csv(merged(read_csv(CSV) if CSV.exists() else [], rows(records, recipe)), CSV)
-        picture(read_csv(CSV), CSV.with_suffix(".png"))
-        print(tables(read_csv(CSV)))
+        cells = add_rows(rows(records, recipe), CSV, ("method", "level", *PROTOCOL))
+        picture(cells, CSV.with_suffix(".png"))
+        print(tables(cells))
     trials.finish(missing, out)
 
 

@@ -15,7 +15,6 @@ The result is pat_quality.csv, one row for each, and the picture pat_quality.png
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 
 import trials
 from models import conditions
+from trials import Cell, read_csv, write_csv
 
 from pyprune import data
 from pyprune.cli.demo import DEMO
@@ -37,8 +37,6 @@ CSV = Path(__file__).with_name("pat_quality.csv")
 DEFAULTS = DEMO | {"steps": 600, "warmup": 20, "eval_tokens": None, "save_every": None, "round_to": 1}
 LABELS = {"pat": "PAT", "prune-then-tune": "prune, then tune", "lora": "dense, LoRA", "dense": "dense, untouched"}
 DENSE = ("dense", "lora")
-
-Cell = dict[str, str]  # one row of the csv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,22 +171,6 @@ def check(summaries: Sequence[dict[str, Any]]) -> None:
         values = [summary[key] for summary in summaries]
         if any(value != values[0] for value in values):
             raise SystemExit(f"the runs differ in {key}: {values}; they are no comparison, nothing was written")
-
-
-def write_csv(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """Replaces the file."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
-
-
-def read_csv(path: Path) -> list[Cell]:
-    """The rows that `write_csv` wrote. Raises SystemExit when there are none yet."""
-    if not path.exists():
-        raise SystemExit(f"{path} does not exist; run this script without --table first")
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # ------------------------------------------------------------------------------------------- the table and the picture

@@ -8,8 +8,9 @@
 
 Every trial, a method at a share of parameters removed and a seed, is tuned on the same tokens of the demo's text,
 exported, loaded again as a stock checkpoint and measured on the same held-out text. PAT's hidden size is the one that
-meets the same number of parameters. Each trial is one run folder under --out. The result is structured_quality.csv, one
-row for each trial, and the picture of that name.
+meets the same number of parameters. Each trial is one run folder under --out, and one row of structured_quality.csv.
+There is a table for each protocol (another budget or dtype is no comparison); the picture of that name shows the one
+with most rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 
 import trials
 from models import conditions
-from pat_quality import Cell, read_csv, recipe_of, run, run_all, speed, summary_of, times, write_csv
+from pat_quality import recipe_of, run, run_all, speed, summary_of, times
+from trials import Cell, add_rows, protocols, read_csv
 
 from pyprune import data
 from pyprune.architectures import describe
@@ -38,6 +40,7 @@ from pyprune.runs import Recipe
 CSV = Path(__file__).with_name("structured_quality.csv")
 DEFAULTS = DEMO | {"steps": 600, "warmup": 20, "eval_tokens": None, "save_every": None}
 LORA = {name: DEMO[name] for name in ("lora_rank", "lora_alpha", "lora_dropout")}
+PROTOCOL = ("steps", "tokens_trained", "eval_tokens", "eval_window", "dtype")  # rows that share it are compared
 LABELS = {
     "lora": "LoRA, nothing removed",
     "llm-pruner": "LLM-Pruner, then LoRA",
@@ -123,15 +126,12 @@ def row(found: Trial, summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check(cells: Sequence[dict[str, Any]]) -> None:
-    """Ends when the rows cannot be compared: another budget, held-out text, dtype or dense model."""
-    for key in ("steps", "tokens_trained", "eval_tokens", "eval_window", "dtype", "perplexity_dense"):
-        values = {str(cell[key]) for cell in cells}
-        if len(values) > 1:
-            raise SystemExit(f"the runs differ in {key}: {sorted(values)}; they are no comparison, nothing was written")
-
-
 # ------------------------------------------------------------------------------------------- the table and the picture
+
+
+def tables(cells: Sequence[Cell]) -> str:
+    """One table for each protocol."""
+    return "\n\n".join(map(table, protocols(cells, PROTOCOL)))
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -221,7 +221,7 @@ def main() -> None:
     add_fields(parser, Recipe, {name: value for name, value in DEFAULTS.items() if name != "seed"})
     arguments = parser.parse_args()
     if arguments.table:
-        print(table(read_csv(CSV)))
+        print(tables(read_csv(CSV)))
         return
     print(conditions(trials.set_threads(arguments)))
     dense = arguments.model or arguments.out / "dense"
@@ -233,12 +233,10 @@ def main() -> None:
         return
     missing = run_all(chosen, dense, recipe, arguments)
     found = [(trial, summary_of(trial.name, arguments.out)) for trial in chosen]
-    cells = [row(trial, summary) for trial, summary in found if summary]
-    if cells:
-        check(cells)
-        write_csv(cells, CSV)
-        picture(read_csv(CSV), CSV.with_suffix(".png"))
-        print(table(read_csv(CSV)))
+    if rows := [row(trial, summary) for trial, summary in found if summary]:
+        cells = add_rows(rows, CSV, ("method", "removed_requested", "seed", *PROTOCOL))
+        picture(protocols(cells, PROTOCOL)[0], CSV.with_suffix(".png"))
+        print(tables(cells))
     trials.finish(missing, arguments.out)
 
 

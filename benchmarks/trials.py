@@ -4,11 +4,15 @@ A script that has trials calls `add_options`, and with `--one NAME ...` it is th
 GPU, which one trial leaves half idle, `--jobs 8` is several times faster, and a child takes a share of all trials, so
 that it starts and reads the text only once. On a CPU every trial has a child of its own, whose peak memory is then that
 of the trial.
+
+What is finished becomes rows of a csv in git. New rows join those that are there, which took hours on other days and
+machines; only rows of one protocol are compared with each other.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import signal
 import subprocess
 import sys
@@ -17,11 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
 LINES = 15  # of a failed child's output that are shown
 PATIENCE = 15.0  # seconds that an interrupted child has to write a checkpoint
+
+Cell = dict[str, str]  # one row of a csv
 
 Result = Callable[[str], "str | None"]
 """A line about a finished trial, None for another one."""
@@ -88,6 +95,43 @@ def finish(missing: Sequence[str], logs: Path) -> None:
     """Ends the script with an error that says which trials are missing, if any are."""
     if missing:
         raise SystemExit(f"{len(missing)} trials are not finished: {', '.join(missing)}; what they said is in {logs}")
+
+
+# ------------------------------------------------------------------------------------------------------------ the csv
+
+
+def read_csv(path: Path) -> list[Cell]:
+    """The rows of a csv. Raises SystemExit when there are none yet."""
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist; run this script without --table first")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """Replaces the file."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def add_rows(found: Sequence[dict[str, Any]], path: Path, key: Sequence[str]) -> list[Cell]:
+    """Puts rows beside those that are there, in place of the ones that agree in `key`. Returns all of them."""
+    before = read_csv(path) if path.exists() else []
+    write_csv(list({tuple(str(row[name]) for name in key): row for row in (*before, *found)}.values()), path)
+    return read_csv(path)
+
+
+def protocols(cells: Sequence[Cell], names: Sequence[str]) -> list[list[Cell]]:
+    """The rows that agree in `names`, and so can be compared; the largest group first."""
+    found: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(tuple(cell[name] for name in names), []).append(cell)
+    return sorted(found.values(), key=len, reverse=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- children
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -300,6 +300,50 @@ def test_quality_refuses_runs_that_are_no_comparison(script: Any) -> None:
         module.check(summaries)
 
 
+STRUCTURED = (
+    "--steps 6 --batch-size 2 --window 16 --warmup 0 --dtype float32 --eval-window 64 --prompt-tokens 8 --new-tokens 1 "
+    "--calibration-windows 4 --threads 1 --jobs 2 --removed 0.2"
+)
+
+
+def test_structured_quality(
+    script: Any,
+    children: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tiny_llama: Path,
+    prose: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Seeds and methods of another day join the table; another budget has its own."""
+    module = importlib.import_module("structured_quality")
+    documents = [Document(text) for text in prose.split("\n\n")]
+    corpus = Corpus(documents[:-4], documents[-6:-4], documents[-4:], "prose")
+    monkeypatch.setattr(module, "CSV", tmp_path / "structured_quality.csv")
+    monkeypatch.setattr(importlib.import_module("pat_quality").data, "demo_text", lambda: corpus)
+    options = f"{STRUCTURED} --model {tiny_llama} --out {tmp_path / 'runs'}"
+
+    def run(arguments: str) -> list[dict[str, str]]:
+        monkeypatch.setattr(sys, "argv", ["structured_quality.py", *f"{options} {arguments}".split()])
+        module.main()
+        return module.read_csv(module.CSV)
+
+    first = run("--seeds 0 --methods lora llm-pruner")
+    assert [(cell["method"], cell["removed_requested"], cell["seed"]) for cell in first] == [
+        ("lora", "0", "0"),
+        ("llm-pruner", "0.2", "0"),
+    ]
+    both = run("--seeds 1 --methods llm-pruner")
+    assert both[:2] == first and [cell["seed"] for cell in both[2:]] == ["1"]
+    mean = sum(float(cell["perplexity"]) for cell in both[1:]) / 2
+    *_, line = (line for line in capsys.readouterr().out.splitlines() if "| LLM-Pruner" in line)
+    assert f"| {mean:.2f} ± " in line
+    longer = run(f"--seeds 0 --methods lora --steps 7 --out {tmp_path / 'longer'}")
+    assert longer[:3] == both and longer[3]["steps"] == "7"
+    assert capsys.readouterr().out.count("| removed | method |") == 2
+    assert (tmp_path / "structured_quality.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_blockwise(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
     kept = script("bench_blockwise", "--shape toy --windows 2 --window 16 --rounds 2 --threads 1")
     passes = [row["provider"] for row in kept if row["benchmark"] == "calibration pass"]
