@@ -2,10 +2,11 @@
 
     python benchmarks/structured_memory.py                       8 of the 22 blocks of a Llama of 1.1 B parameters
     python benchmarks/structured_memory.py --blocks 22           all of them: needs 8 GB for the gradients of "mixed"
-    python benchmarks/structured_memory.py --blocks 22 --jobs 4  all variants at a time, on a GPU
+    python benchmarks/structured_memory.py --blocks 22 --jobs 6  all variants at a time, on a GPU
 
-Each variant runs in a process of its own and reports its peak resident set above that of an empty process with torch,
-so the weights count and the libraries do not. On a GPU it is the allocator's peak. Rows go to results.csv.
+Beside LoRAPrune on a base in bf16 stand bases in 8 and 4 bits (bitsandbytes), whose weights have no gradients. Each
+variant runs in a process of its own and reports its peak resident set above that of an empty process with torch, so the
+weights count and the libraries do not. On a GPU it is the allocator's peak. Rows go to results.csv.
 """
 
 from __future__ import annotations
@@ -27,19 +28,46 @@ from pyprune.architectures import describe, weight_of
 from pyprune.evaluation import peak_memory
 from pyprune.methods.lora import LoRA
 
-VARIANTS = ("loraprune", "taylor streamed", "taylor stored", "taylor-mixed stored")
+VARIANTS = (
+    "loraprune",
+    "loraprune, 8-bit base",
+    "loraprune, 4-bit base",
+    "taylor streamed",
+    "taylor stored",
+    "taylor-mixed stored",
+)
 
 
-def build(blocks: int, device: str) -> LlamaForCausalLM:
-    """A Llama of hidden size 2048 in bf16 whose every weight is written, quickly and to no purpose."""
+def build(blocks: int, device: str, bits: int = 16) -> LlamaForCausalLM:
+    """A Llama of hidden size 2048 in bf16 whose every weight is written, quickly and to no purpose; with fewer `bits`,
+    the linears of its blocks are quantised one by one."""
     config = LlamaConfig(**SHAPES["llama-2048"] | {"num_hidden_layers": blocks})
     with init_empty_weights(include_buffers=False):
         model = LlamaForCausalLM(config)
-    for module in model.modules():
+    for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             filled = torch.full(parameter.shape, 0.01, dtype=torch.bfloat16, device=device)
             setattr(module, name, nn.Parameter(filled))
+        for name, linear in module.named_children():
+            if bits < 16 and isinstance(linear, nn.Linear) and linear is not model.lm_head:
+                filled = torch.full(linear.weight.shape, 0.01, dtype=torch.bfloat16)
+                setattr(module, name, quantised(filled, bits).to(device))
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = bits == 8, bits == 4  # what PEFT looks at
     return model.to(device)
+
+
+def quantised(weight: Tensor, bits: int) -> nn.Linear:
+    """A linear of bitsandbytes, whose weight is quantised when it is moved to its device."""
+    import bitsandbytes
+
+    if bits == 8:
+        linear = bitsandbytes.nn.Linear8bitLt(*weight.shape[::-1], bias=False, has_fp16_weights=False, device="meta")
+        linear.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False)
+        return linear
+    options = {"compute_dtype": torch.bfloat16, "quant_type": "nf4"}
+    linear = bitsandbytes.nn.Linear4bit(*weight.shape[::-1], bias=False, device="meta", **options)
+    linear.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=linear)
+    return linear
 
 
 def loraprune(model: LlamaForCausalLM, ids: Tensor) -> None:
@@ -74,8 +102,8 @@ def measure(variant: str, blocks: int, samples: int, tokens: int, device: str) -
     with peak_memory(device) as before:
         pass
     with peak_memory(device) as peak:
-        model = build(blocks, device)
-        if variant == "loraprune":
+        model = build(blocks, device, 8 if "8-bit" in variant else 4 if "4-bit" in variant else 16)
+        if variant.startswith("loraprune"):
             loraprune(model, ids)
         elif variant == "taylor streamed":
             criteria.taylor(model, [ids])
@@ -84,6 +112,14 @@ def measure(variant: str, blocks: int, samples: int, tokens: int, device: str) -
     if peak.bytes is None or before.bytes is None:
         raise SystemExit("this system does not tell a process's memory")
     return peak.bytes - before.bytes
+
+
+def less(found: dict[str, float], variant: str) -> str:
+    """By how much LoRAPrune's variants stay below one of Taylor's."""
+    if not variant.startswith("taylor"):
+        return ""
+    shares = {name: 1 - value / found[variant] for name, value in found.items() if name.startswith("loraprune")}
+    return "".join(f"; {share:.1%} less by {name}" for name, share in shares.items())
 
 
 def main() -> None:
@@ -109,8 +145,7 @@ def main() -> None:
     found: dict[str, float] = {}
     for variant, nbytes in zip(a.variants, ThreadPoolExecutor(a.jobs).map(in_child, a.variants), strict=True):
         found[variant] = nbytes
-        share = f", {1 - found['loraprune'] / found[variant]:.1%} less by LoRAPrune" if "loraprune" in found else ""
-        print(f"{variant}: {found[variant] / 2**30:.3f} GiB{share}", flush=True)
+        print(f"{variant}: {found[variant] / 2**30:.3f} GiB{less(found, variant)}", flush=True)
     append(
         (Row("peak memory of scoring", case, name, "MiB", *[value / 2**20] * 3) for name, value in found.items()),
         a.device,

@@ -118,13 +118,15 @@ def record_calls(trunk: Trunk, calibration: Sequence[Tensor], inputs: Activation
 class Statistic(Protocol):
     """A sum over all tokens that a linear reads."""
 
-    total: Tensor
-
     def __init__(self, like: Tensor) -> None:
         """`like`: inputs [T, in], of the dtype and device to come."""
 
     def add(self, x: Tensor) -> None:
         """Takes in x [T, in]."""
+
+    @property
+    def total(self) -> Tensor:
+        """The sum, which may be changed in place."""
 
 
 Kind = TypeVar("Kind", bound=Statistic)
@@ -145,19 +147,35 @@ class InputNorm:
 
 
 class Gram:
-    """`total` [in, in]: the sum of x x^T over all tokens, in fp32 (fp64 for fp64 models)."""
+    """`total` [in, in]: the sum of x x^T over all tokens, in fp32 (fp64 for fp64 models).
+
+    It is symmetric: where its products are most of a calibration pass, only panels from the diagonal down are computed,
+    little more than half of them."""
 
     def __init__(self, like: Tensor) -> None:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        self.total = like.new_zeros(like.shape[-1], like.shape[-1], dtype=dtype)
+        width, dtype = like.shape[-1], torch.promote_types(like.dtype, torch.float32)
+        self._sum = like.new_zeros(width, width, dtype=dtype)
+        panel = min(max(256, width // 8), 1024)
+        self._panels = [(first, min(first + panel, width)) for first in range(0, width, panel)]
+        self._below = False  # whether what is above the panels is still to be copied from below
 
     def add(self, x: Tensor) -> None:
         if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             # tensor cores sum in fp32, where products of two half-precision numbers are exact
-            self.total += torch.mm(x.T, x, out_dtype=self.total.dtype)
-        else:
-            x = x.to(self.total.dtype)
-            self.total.addmm_(x.T, x)
+            self._sum += torch.mm(x.T, x, out_dtype=self._sum.dtype)
+            return
+        x = x.to(self._sum.dtype)
+        for first, end in self._panels:
+            self._sum[first:, first:end].addmm_(x[:, first:].T, x[:, first:end])
+        self._below = True
+
+    @property
+    def total(self) -> Tensor:
+        if self._below:
+            for first, end in self._panels:
+                self._sum[first:end, end:] = self._sum[end:, first:end].T
+            self._below = False
+        return self._sum
 
 
 # ---------------------------------------------------------------------------------------------------- several processes

@@ -157,6 +157,18 @@ def test_statistics_of_low_precision_are_squared_and_summed_in_fp32() -> None:
     assert torch.allclose(gram.total, expected, rtol=3e-5)  # 1,256 roundings in one direction, 1.2e-5
 
 
+@pytest.mark.parametrize("width", [256, 300, 777])
+def test_gram_matrices_are_whole(width: int) -> None:
+    """Of one panel, of two, and of four, the last one narrower; read, gone on with, and read again."""
+    x = torch.randn(96, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram, seen = Gram(x), 0
+    for part in x.split(40):
+        gram.add(part)
+        seen += len(part)
+        expected = torch.einsum("ti,tj->ij", x[:seen], x[:seen])
+        torch.testing.assert_close(gram.total, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_forward_takes_other_weights_with_gradients_and_capture_stops_behind_the_last_name() -> None:
     """Conv1D stores its weight the other way round; a step sees [out, in] all the same."""
     for family in ("llama", "gpt2"):
