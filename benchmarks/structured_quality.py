@@ -44,8 +44,10 @@ PROTOCOL = ("steps", "tokens_trained", "eval_tokens", "eval_window", "dtype")  #
 LABELS = {
     "lora": "LoRA, nothing removed",
     "llm-pruner": "LLM-Pruner, then LoRA",
+    "llm-pruner-activation": "the same by activations",
     "slicegpt": "SliceGPT, then LoRA",
     "loraprune": "LoRAPrune",
+    "loraprune-activation": "LoRAPrune by activations",
     "pat-identity": "PAT (identity)",
     "pat-learned": "PAT (learned basis)",
 }
@@ -79,10 +81,11 @@ def trial(label: str, removed: float, seed: int, dense: Path) -> Trial:
         basis = label.removeprefix("pat-")
         options = LORA | {"basis": basis, "ratio": hidden_ratio(target, basis, dense), "round_to": 1}
         method = find("pat")(**options, milestone=DEMO["milestone"])
-    elif label == "loraprune":
-        method = find(label)(**LORA, **exact, mask_every=2)
     else:
-        method = find(label)(**LORA, **exact)
+        name = label.removesuffix("-activation")
+        options = {} if name == label else {"criterion": "activation"}
+        options |= {"mask_every": 2} if name == "loraprune" else {}
+        method = find(name)(**LORA, **exact, **options)
     return Trial(f"{label}-{removed:g}-{seed}", label, method, seed, removed)
 
 

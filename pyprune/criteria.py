@@ -167,8 +167,7 @@ def activation(model: nn.Module, batches: Sequence[Tensor]) -> Scores:
     squares: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:
-        squared = _wide(x).abs().mean(1).square().sum(0)  # [B, T, d] -> [d]
-        squares[name] = squares.get(name, 0) + squared
+        squares[name] = squares.get(name, 0) + activation_squares(x)
 
     def watch_input(groups: Groups) -> Any:
         return groups.writer.linear.register_forward_pre_hook(lambda module, args: add(groups.name, args[0]))
@@ -178,8 +177,17 @@ def activation(model: nn.Module, batches: Sequence[Tensor]) -> Scores:
     ]
     with _hooked([*map(watch_input, decoder.groups()), *norms]):
         layers = depth(model, batches)
-    scores = {g.name: per_group(g.writer, g.count, squares[g.name]).sqrt() for g in decoder.groups()}
-    return scores | {"hidden": squares["hidden"].sqrt()} | layers
+    return activation_scores(decoder.groups(), squares) | {"hidden": squares["hidden"].sqrt()} | layers
+
+
+def activation_squares(x: Tensor) -> Tensor:
+    """[d]: the sum over samples of (mean over tokens of |x_c|)^2, of activations x [B, T, d]."""
+    return _wide(x).abs().mean(1).square().sum(0)
+
+
+def activation_scores(groups: Iterable[Groups], squares: Mapping[str, Tensor]) -> Scores:
+    """Minitron's scores of heads and channels from the `activation_squares` of what their writers read, by name."""
+    return {g.name: per_group(g.writer, g.count, squares[g.name]).sqrt() for g in groups}
 
 
 def depth(model: nn.Module, batches: Sequence[Tensor]) -> Scores:

@@ -1,8 +1,9 @@
 """LoRAPrune: prune heads and MLP channels while LoRA-tuning, by LoRA's own gradients (arXiv 2305.18403).
 
-Groups are scored at every optimiser step (`criteria.lora_scores`), a moving average decides, and a cubic schedule masks
-more and more of them until the model has its target shape, exactly. Masked groups are cut out of the model, so that the
-steps behind become cheaper. docs/structured.md has the formulas and where this departs from the authors' code.
+Groups are scored at every optimiser step (`criteria.lora_scores`, or by their activations), a moving average decides,
+and a cubic schedule masks more and more of them until the model has its target shape, exactly. What is masked is cut
+out of the model, so that the steps behind become cheaper. docs/structured.md has the formulas, and says where this
+departs from the authors' code.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pyprune.schedules import Schedule
 from pyprune.training import carry_moments, save_state
 
 STRUCTURE = "loraprune.safetensors"  # what `prepare(resume=...)` needs before the trained tensors can be loaded
+CRITERIA = ("lora", "activation")  # those that a training step has all figures of
 SENTINEL = 2.0**-40  # a gradient that clipping scales like all others, and that adds nothing to their norm
 
 
@@ -74,6 +76,10 @@ class LoRAPrune(Structured):
     loraprune.finalize(model).save_pretrained("small")
     """
 
+    criterion: str = option(
+        "lora", "how important a group is: lora (the paper's) or activation (Minitron's, of the training's own passes)",
+        choices=list(CRITERIA),
+    )  # fmt: skip
     warmup_share: float = option(0.1, "share of the steps before the first group is masked")
     cooldown_share: float = option(0.1, "share of the steps at the end, in the final shape")
     mask_every: int = option(10, "steps between choices of what is masked")
@@ -86,6 +92,8 @@ class LoRAPrune(Structured):
         super().__post_init__()
         if self.dora:
             raise ValueError("dora is True; LoRAPrune's criterion is that of LoRA's gradients, so leave it off")
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}")
         for name in ("warmup_share", "cooldown_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share of the steps, 0 up to 1")
@@ -190,10 +198,14 @@ class _Tuning:
         unwrap(model).add_module("loraprune", self.parts)
         _ignore_in_ddp(model, "loraprune.sentinel")
         self.masks: dict[str, Tensor | None] = dict.fromkeys(dense)
+        self.squares: dict[str, Tensor] = {}  # of this step's activations
+        self.watching = False
         self.hooks = [g.writer.linear.register_forward_pre_hook(self._hook(g.name)) for g in decoder.groups()]
 
     def _hook(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            if self.watching and module.training:  # recomputed passes count twice, which changes no order
+                self.squares[name] = self.squares.get(name, 0) + criteria.activation_squares(args[0])
             mask = self.masks[name]
             return None if mask is None else (args[0] * mask.to(args[0].dtype), *args[1:])
 
@@ -219,8 +231,11 @@ class _Tuning:
             whole = bool(left.all())
             self.masks[groups.name] = None if whole else left.repeat_interleave(groups.writer.width)
 
-    def send_sentinel(self) -> None:
-        """Before a step's first backward pass: a gradient of known size, which clipping will scale."""
+    def begin_step(self, scored: bool) -> None:
+        """Before a step's first pass: watches its activations, if they count, and sends a gradient of known size, which
+        clipping will scale."""
+        self.squares = {}
+        self.watching = scored and self.options.criterion == "activation"
         self.sentinel.grad = torch.full_like(self.sentinel, SENTINEL)
 
     def take_clip_factor(self) -> float:
@@ -230,12 +245,15 @@ class _Tuning:
 
     @torch.no_grad()
     def score(self) -> bool:
-        """Moves the averages by the scores of this step's gradients, the mean over all processes. A step whose scores
-        are not finite is left out and counted; returns whether this one was."""
+        """Moves the averages by the scores of this step's gradients or activations, the mean over all processes. A step
+        whose scores are not finite is left out and counted; returns whether this one was."""
         clipped = self.take_clip_factor()
         groups = self.decoder.groups()
         alive = {g.name: self.alive(g.name)[self.present[g.name]] for g in groups}
-        scores = criteria.lora_scores(groups, clipped, alive)
+        if self.options.criterion == "activation":
+            scores = criteria.activation_scores(groups, self.squares)
+        else:
+            scores = criteria.lora_scores(groups, clipped, alive)
         flat = _mean_over_processes(torch.cat(list(scores.values())))
         if not torch.isfinite(flat).all():
             self.parts.get_buffer("skipped_steps").add_(1)
@@ -331,7 +349,7 @@ class _Callback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.tuning.send_sentinel()
+        self.tuning.begin_step(state.global_step < self.schedule.milestone)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

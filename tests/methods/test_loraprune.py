@@ -167,6 +167,55 @@ def test_average_is_that_of_unclipped_gradients(clip: float, tmp_path: Path) -> 
     assert max(float(layer.lora_B["default"].weight.abs().max()) for layer in (linears(0)["q_proj"],)) > 1e-3
 
 
+def test_average_is_that_of_activations(tmp_path: Path) -> None:
+    """Three steps of two passes each: lengths over samples of the mean |x| over tokens, in fp64."""
+    method = loraprune(criterion="activation", warmup_share=0.5, decay=0.7)
+    model = method.prepare(tiny("qwen2", False, torch.float32))
+    layers = unwrap(model).model.layers
+    writers = {"heads": [x.self_attn.o_proj for x in layers], "channels": [x.mlp.down_proj for x in layers]}
+    read: dict[str, list[Tensor]] = {}
+    expected: dict[str, Tensor] = {}
+    for axis, linears in writers.items():
+        for i, linear in enumerate(linears):
+            linear.register_forward_hook(
+                lambda module, args, out, key=f"block{i}_{axis}": read.setdefault(key, []).append(args[0])
+            )
+
+    class Reference(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for key, (first, second) in read.items():
+                x = torch.cat([first, second]).detach().double()
+                means = x.abs().sum(1) / x.shape[1]
+                length = (means * means).sum(0).reshape(2 if "heads" in key else 40, -1).sum(1).sqrt()
+                expected[key] = 0.7 * expected.get(key, torch.zeros(())) + 0.3 * length
+            read.clear()
+
+    tuning = method._tuning
+    options = {"gradient_accumulation_steps": 2, "callbacks": [Reference(), *method.callbacks(), At(3)]}
+    with pytest.raises(InterruptedTraining):
+        train(method, model, tmp_path, **options)
+    assert len(expected) == 4
+    for name, wanted in expected.items():
+        torch.testing.assert_close(tuning.average(name).double(), wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_heads_that_no_activation_passes_go_first(checkpointing: bool, tmp_path: Path) -> None:
+    """By activations; to the target, exactly, and cut in training."""
+    dense = tiny("qwen2", False, torch.float32)
+    with torch.no_grad():
+        for i, layer in enumerate(dense.model.layers):
+            values = layer.self_attn.v_proj
+            width = len(values.weight) // 2
+            for tensor in (values.weight, values.bias):
+                tensor[i * width : (i + 1) * width] *= 1e-3
+    method = loraprune(criterion="activation", target="heads=1,channels=40", milestones=1)
+    model = method.prepare(dense)
+    train(method, model, tmp_path, gradient_checkpointing=checkpointing)
+    assert [method._tuning.present[f"block{i}_heads"].tolist() for i in (0, 1)] == [[1], [0]]
+    assert method.finalize(model).config.num_key_value_heads == 1
+
+
 class At(TrainerCallback):
     """Stops, saved, behind a step."""
 
@@ -366,6 +415,11 @@ def test_two_processes_mask_the_same_groups(tmp_path: Path) -> None:
             assert torch.equal(buffer, first[name]), name
         elif "loraprune.average" in name:
             torch.testing.assert_close(buffer, first[name], rtol=1e-2, atol=1e-4)
+
+
+def test_unknown_criterion() -> None:
+    with pytest.raises(ValueError, match="criterion is 'taylor'; expected one of lora, activation"):
+        loraprune(criterion="taylor")
 
 
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
