@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pyprune
 from pyprune import ops, surgery
@@ -298,6 +299,25 @@ def test_quality_refuses_runs_that_are_no_comparison(script: Any) -> None:
     summaries = [{**same, "evaluation": {"tokens": tokens}} for tokens in (100, 101)]
     with pytest.raises(SystemExit, match="evaluation"):
         module.check(summaries)
+
+
+def test_criteria(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path, prose: str) -> None:
+    """Heads that write nothing cost nothing; who looks at activations drops them, and "best" is never dearer."""
+    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        for i, layer in enumerate(model.model.layers):
+            layer.self_attn.v_proj.weight[i * 8 : (i + 1) * 8] = 0
+    model.save_pretrained(tmp_path / "tiny")
+    PreTrainedTokenizerFast.from_pretrained(tiny_llama).save_pretrained(tmp_path / "tiny")
+    documents = [Document(text) for text in prose.split("\n\n")]
+    corpus = Corpus(documents[:-4], documents[-6:-4], documents[-4:], "prose")
+    monkeypatch.setattr(importlib.import_module("bench_criteria").data, "demo_text", lambda: corpus)
+    options = f"--model {tmp_path / 'tiny'} --windows 4 --window 16 --threads 1 --criteria activation magnitude"
+    kept = script("bench_criteria", options)
+    cost = {row["provider"]: float(row["p50"]) for row in kept if row["benchmark"] == "heads dropped first"}
+    assert cost.keys() == {"best", "random", "activation", "magnitude"}
+    assert cost["activation"] == pytest.approx(0, abs=1e-6)
+    assert cost["best"] <= min(cost.values()) and cost["random"] != pytest.approx(0, abs=1e-6)
 
 
 STRUCTURED = (
