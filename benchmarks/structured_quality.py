@@ -44,7 +44,7 @@ PROTOCOL = ("steps", "tokens_trained", "eval_tokens", "eval_window", "dtype")  #
 LABELS = {
     "lora": "LoRA, nothing removed",
     "llm-pruner": "LLM-Pruner, then LoRA",
-    "llm-pruner-activation": "the same by activations",
+    "llm-pruner-activation": "LLM-Pruner by activations, then LoRA",
     "slicegpt": "SliceGPT, then LoRA",
     "loraprune": "LoRAPrune",
     "loraprune-activation": "LoRAPrune by activations",
