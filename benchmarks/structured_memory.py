@@ -12,6 +12,7 @@ weights count and the libraries do not. On a GPU it is the allocator's peak. Row
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -128,7 +129,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    possible = [name for name in VARIANTS if "-bit" not in name or importlib.util.find_spec("bitsandbytes")]
+    parser.add_argument("--variants", nargs="+", default=possible, choices=VARIANTS)
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="variants at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--one", help=argparse.SUPPRESS)
