@@ -37,7 +37,7 @@ $(VENV)/built: $(VENV)/installed pyproject.toml setup.py $(SOURCES)
 	touch $@
 
 test: lint docs
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile $(PYTEST)
 
 demo: install
 	$(BIN)/pyprune demo --out $(or $(OUT),runs/demo) --resume

@@ -65,6 +65,7 @@ TRIALS = {
     "fixed-mask": Trial("AST, fixed mask", {"mask": "fixed"}),
     "static-decay": Trial("AST, static decay", {"decay_shape": "static"}),
     "ast": Trial("AST", {}),
+    "ast-wanda": Trial("AST, masks by Wanda's score", {"criterion": "wanda"}),
     "ast-slorb": Trial("AST + SLoRB", {"slorb": 16}),
 }
 
@@ -137,15 +138,16 @@ def run(name: str, dense: Path, recipe: Recipe, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     curve = Curve(folder / "curve.json", recipe.measured(), measure)
     windows = data.encode(corpus.train, tokenizer).windows(recipe.window)
+    calibrating = calibration(windows.ids, recipe)
     set_seed(recipe.seed)
     model = open_model(dense, recipe.dtype)
     if trial.pruned:
-        prune(model, trial.pruned(), calibration(windows.ids, recipe), folder=folder / "pruned")
+        prune(model, trial.pruned(), calibrating, folder=folder / "pruned")
     callbacks: list[TrainerCallback] = []
     optimizer = plain(recipe)
     if trial.options is not None:
         method = AST(pattern=PATTERN, refresh=recipe.refresh, teacher=str(dense), **trial.options)
-        model = method.prepare(model, resume=latest_checkpoint(folder))
+        model = method.prepare(model, calibrating, latest_checkpoint(folder))
         callbacks, optimizer = method.callbacks(), method.optimizer
     if latest_checkpoint(folder) is None:
         curve.add(0, model)

@@ -21,6 +21,7 @@ from typing import Any
 
 import pybind11
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -61,7 +62,8 @@ def build() -> Path:
         return library
 
     library.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as scratch:  # Another process may be building the same.
+    # Another process may be building the same: this one waits, and then takes what it finds.
+    with FileLock(folder / "lock"), TemporaryDirectory(dir=folder) as scratch:
 
         def compile_one(source: Path, target: Path) -> None:
             if not target.exists():
@@ -71,9 +73,10 @@ def build() -> Path:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, SOURCES, objects))
-        unfinished = Path(scratch, library.name)
-        _run([compiler, "-shared", *map(str, objects), "-o", str(unfinished)])
-        os.replace(unfinished, library)
+        if not library.exists():
+            unfinished = Path(scratch, library.name)
+            _run([compiler, "-shared", *map(str, objects), "-o", str(unfinished)])
+            os.replace(unfinished, library)
     return library
 
 
