@@ -66,6 +66,7 @@ TRIALS = {
     "static-decay": Trial("AST, static decay", {"decay_shape": "static"}),
     "ast": Trial("AST", {}),
     "ast-wanda": Trial("AST, masks by Wanda's score", {"criterion": "wanda"}),
+    "ast-every-step": Trial("AST, masks chosen at every step", {"refresh": 1}),
     "ast-slorb": Trial("AST + SLoRB", {"slorb": 16}),
 }
 
@@ -146,7 +147,8 @@ def run(name: str, dense: Path, recipe: Recipe, folder: Path) -> None:
     callbacks: list[TrainerCallback] = []
     optimizer = plain(recipe)
     if trial.options is not None:
-        method = AST(pattern=PATTERN, refresh=recipe.refresh, teacher=str(dense), **trial.options)
+        options = {"pattern": PATTERN, "refresh": recipe.refresh, "teacher": str(dense)}
+        method = AST(**options | trial.options)
         model = method.prepare(model, calibrating, latest_checkpoint(folder))
         callbacks, optimizer = method.callbacks(), method.optimizer
     if latest_checkpoint(folder) is None:

@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kMaxRowsPerBlock* kWarp)
       for (int i = 0; i < kPiece; ++i) {
         if (i >= valid) break;
         const uint64_t n = bucket_of.steps * ahead[a].rank.elements[i] + bucket_of.offset;
-        bucket[i] = static_cast<int>(n * static_cast<uint32_t>(bucket_of.multiplier) >> bucket_of.shift);
+        const int found = static_cast<int>(n * static_cast<uint32_t>(bucket_of.multiplier) >> bucket_of.shift);
+        bucket[i] = found < steps ? found : steps;  // a rank that no row has must not lead outside the histogram
         product[i] = to_float(ahead[a].grad.elements[i]) * to_float(ahead[a].weight.elements[i]);
       }
       fetch(ahead[a], column + kAhead * kStep);

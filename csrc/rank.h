@@ -9,7 +9,7 @@
 // Common to every function
 // - weight, grad and rank_mask's out are [rows, columns] of `dtype`; threshold is int32 [rows], 0 to columns;
 //   rank_bucket_grad's out is fp32 [rows, steps + 1]. Products are summed in fp32. All contiguous.
-// - columns <= 65536 and every rank < columns; 1 <= steps <= 255.
+// - columns <= 65536 and every rank < columns; 1 <= steps <= 255. A larger rank makes its row's sums wrong, no more.
 // - What is dropped comes out as +0, whatever it was. A NaN in grad or weight stays in its row.
 // - Results are bitwise the same from run to run and for any number of threads.
 #pragma once

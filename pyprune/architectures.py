@@ -328,8 +328,13 @@ def base(module: nn.Module) -> nn.Module:
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
-    """The weight of a layer, looking through adapters."""
-    return base(module).get_parameter("weight")
+    """The weight of a layer, looking through adapters. Raises ValueError when it is packed."""
+    layer = base(module)
+    if getattr(layer, "weight", layer) is None:
+        raise ValueError(
+            f"{type(layer).__name__} holds packed weights, which cannot be changed; unpack them with model.dequantize()"
+        )
+    return layer.get_parameter("weight")
 
 
 def size_of(linear: nn.Module) -> tuple[int, int]:
@@ -435,7 +440,7 @@ class Linear:
     @property
     def matrix(self) -> torch.Tensor:
         """A view [out, in] of the live weight; writing to it writes to the model."""
-        return self.stored(self.module.get_parameter("weight").data)
+        return self.stored(weight_of(self.module).data)
 
     def stored(self, matrix: torch.Tensor) -> torch.Tensor:
         """[out, in] the way round that the module stores it (and back), as a view."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pyprune.architectures import describe, weight_of
+from pyprune.calibration import check_calibration
 from pyprune.surgery import ROWS_AT_ONCE, fold_left, fold_right, input_axes, output_axes, refuse_adapters, untie
 
 Batch = torch.Tensor | Mapping[str, torch.Tensor]
@@ -31,7 +32,7 @@ def covariance(model: nn.Module, batches: Iterable[Batch]) -> torch.Tensor:
         batches: token ids [B, T], or mappings with `input_ids` and optionally `attention_mask`, each [B, T].
 
     Raises:
-        ValueError: no tokens at all, or non-finite activations.
+        ValueError: no tokens at all, ids that do not fit the model, or non-finite activations.
     """
     decoder = describe(model)
     device = weight_of(decoder.embedding).device
@@ -50,6 +51,8 @@ def covariance(model: nn.Module, batches: Iterable[Batch]) -> torch.Tensor:
     decoder.model.eval()
     try:
         for batch in batches:
+            ids: Any = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+            check_calibration(model, [ids], "batches")
             inputs = _inputs(batch, device)
             rows = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
             decoder.stack(**inputs, use_cache=False)

@@ -6,7 +6,8 @@ cut), and runs the pruned block over the inputs, whose outputs take their place.
 method keeps of it, and one batch; the rest of the model and the hidden states stay where they are.
 
 A block is called with the very arguments that the model itself calls it with, recorded once, so nothing here knows a
-model family. Several processes (`accelerate launch`) share the batches: sums are taken over all of them.
+model family. Several processes (`accelerate launch`) share the batches: sums are taken over all of them, and what is
+trained takes one step for a batch of each.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +38,7 @@ from pyprune.calibration import (
     InputNorm,
     Keep,
     Kind,
+    check_calibration,
     processes,
     rank,
     record_calls,
@@ -164,6 +167,27 @@ class Block:
         for group in self.groups:
             yield group, (found or self.statistics(Gram, group))[group[0]].total
 
+    def descend(self, optimizer: torch.optim.Optimizer, epochs: int, loss: Callable[[int], Tensor]) -> None:
+        """Trains by gradients of `loss(i)` for batch `i`, learning rates falling to 0 by a cosine: one step for every
+        batch or, in several processes, for a batch of each of them, on the mean of the gradients."""
+        batches = int(sum_over_processes(torch.tensor(len(self), device=self.inputs.device)))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        firsts = range(0, batches, processes())  # process r has the batches r, r + processes(), ...
+        total = epochs * len(firsts)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / total)) / 2)
+        for _ in range(epochs):
+            for i, first in enumerate(firsts):
+                optimizer.zero_grad()
+                if i < len(self):
+                    with torch.enable_grad():
+                        loss(i).backward()
+                if processes() > 1:  # one that has no batch left steps with the others, or their sums would wait for it
+                    for parameter in parameters:
+                        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                        sum_over_processes(parameter.grad).div_(min(processes(), batches - first))
+                optimizer.step()
+                schedule.step()
+
     def mask(self, name: str, scores: Tensor) -> Tensor:
         """The mask that keeps the highest scores of a linear under the method's pattern, and drops what it must."""
         try:
@@ -247,7 +271,10 @@ class Pruned:
 
 
 class BlockMethod(Protocol):
-    """What the engine asks of a one-shot method; `methods.oneshot.OneShot` has all but `solve`."""
+    """What the engine asks of a one-shot method; `methods.oneshot.OneShot` has all but `solve`.
+
+    A method may also have `check_linear(name, outputs, inputs)`, which raises ValueError for options that do not fit a
+    linear of that shape; it is asked of every one before anything is read or computed."""
 
     sparsity: float
     pattern: str
@@ -290,7 +317,8 @@ def prune(
             by a device map.
         method: Magnitude, Wanda, SparseGPT, ADMM, BESA, or whatever has `solve`.
         calibration: token ids [B, T] of each batch, none of it padding. In several processes, all of them.
-        then: steps on each block after the method has solved it, such as a reconstruction of what survived.
+        then: steps on each block after the method has solved it, such as a reconstruction of what survived. With a
+            folder their `repr` (of functions: the names) must be the same in every process.
         folder: where each finished block is kept, so that an interrupted run goes on when it is started again on the
             same dense model; without it nothing is written.
         device: where blocks are solved (default: a GPU if the model is on the CPU and there is one, else where each
@@ -300,13 +328,18 @@ def prune(
 
     Raises:
         PruningError: see there.
-        ValueError: options that do not fit the model, or a folder of another run.
+        ValueError: options or calibration that do not fit the model, a folder of another run, or one for a method or
+            a step that cannot be told apart from others later.
     """
     trunk = describe_blocks(model)
     pattern = _fit(trunk, method)
     _check_weights(trunk)
     if reads_text(method):
-        _check_calibration(trunk, calibration)
+        if len(calibration) < processes():
+            raise ValueError(
+                f"calibration has {len(calibration)} batches for {processes()} process(es); give token ids [B, T]"
+            )
+        check_calibration(trunk.stack, calibration)
     finished = _Finished(folder, _key(trunk, method, calibration, then))
     records = []
     with _frozen(model), _scratch(keep, folder) as scratch:
@@ -475,12 +508,21 @@ def reads_text(method: BlockMethod) -> bool:
 
 
 def _fit(trunk: Trunk, method: BlockMethod) -> patterns.Pattern:
-    """The method's pattern, if that and the sparsity fit all linears."""
+    """The method's pattern, if that, the sparsity and the method's own options fit all linears."""
     pattern = patterns.parse(method.pattern)
     check_sparsity(method.sparsity, pattern, method.allocation)
+    if not (method.owl_outlier > 0 and 0 <= method.owl_spread < 0.5):  # rates that lie 1 apart are none
+        raise ValueError(
+            f"owl_outlier is {method.owl_outlier} and owl_spread {method.owl_spread}; expected a positive number, and "
+            "one from 0 to below 0.5"
+        )
+    check_linear = getattr(method, "check_linear", None)
     for block in trunk.blocks:
         for linear in linears_of(block):
-            pattern.check(f"{block.name}.{linear.name}", *linear.matrix.shape)
+            name, (outputs, inputs) = f"{block.name}.{linear.name}", linear.matrix.shape
+            pattern.check(name, outputs, inputs)
+            if check_linear is not None:
+                check_linear(name, outputs, inputs)
     return pattern
 
 
@@ -497,26 +539,6 @@ def _check_weights(trunk: Trunk) -> None:
             )
         if not weight.is_floating_point():
             raise ValueError(f"model: the weight of {name} is {weight.dtype}; load the model unquantised")
-
-
-def _check_calibration(trunk: Trunk, calibration: Sequence[Tensor]) -> None:
-    tokens = trunk.stack.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    positions: int = trunk.stack.config.max_position_embeddings  # type: ignore[assignment,union-attr]
-    if len(calibration) < processes():
-        raise ValueError(
-            f"calibration has {len(calibration)} batches for {processes()} process(es); give token ids [B, T]"
-        )
-    for ids in calibration:
-        if ids.dim() != 2 or ids.is_floating_point() or not 0 <= int(ids.min()) <= int(ids.max()) < tokens:
-            raise ValueError(
-                f"calibration: expected token ids [B, T] from 0 to {tokens - 1}, found {ids.dtype} {list(ids.shape)} "
-                f"with values up to {ids.max()}"
-            )
-        if ids.shape[1] > positions:
-            raise ValueError(
-                f"calibration: a batch has windows of {ids.shape[1]} tokens, more than the {positions} positions of "
-                "the model; use shorter ones"
-            )
 
 
 def check_sparsity(sparsity: float, pattern: patterns.Pattern, rates: str) -> None:
@@ -576,6 +598,13 @@ class _Finished:
         self.records: dict[int, BlockRecord] = {}
         if self.folder is None:
             return
+        for name in ("method", "steps"):
+            if re.search(r"\bat 0x[0-9a-fA-F]+", key[name]):
+                raise ValueError(
+                    f"{name} is {key[name]}: an address is another in every process, so that a run in folder {folder} "
+                    "could not be resumed; give the object a __repr__ that names its options, as a dataclass has, or "
+                    "leave folder out"
+                )
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, before in self.once("key", lambda: key).items():
             now = key[name]
@@ -615,15 +644,24 @@ class _Finished:
 def _key(trunk: Trunk, method: BlockMethod, calibration: Sequence[Tensor], then: Sequence[Step]) -> dict[str, str]:
     """What defines the result of a run, as text or digests."""
     weights = hashlib.sha256()  # one row of every linear tells models apart, and a pruned one from its dense self
-    for block in trunk.blocks:
-        for linear in linears_of(block):
-            weights.update(linear.matrix[0].float().cpu().numpy().tobytes())
+    rows = [linear.matrix[0].contiguous().cpu() for block in trunk.blocks for linear in linears_of(block)]
+    for row in rows:
+        weights.update(row.view(torch.uint8).numpy().tobytes())
     tokens = hashlib.sha256()
     for ids in calibration:
         tokens.update(f"{list(ids.shape)}".encode() + ids.cpu().numpy().tobytes())
     return {
         "method": repr(method),
-        "steps": ", ".join(getattr(step, "__qualname__", None) or repr(step) for step in then),
+        "steps": ", ".join(map(_text, then)),
+        "dtype": ", ".join(sorted({str(row.dtype) for row in rows})),
         "model": weights.hexdigest()[:16],
         "calibration": tokens.hexdigest()[:16],
     }
+
+
+def _text(value: Any) -> str:
+    """A step, or an argument of one, as text: of a function its name, as its `repr` holds an address."""
+    if isinstance(value, partial):
+        named = [f"{name}={_text(argument)}" for name, argument in value.keywords.items()]
+        return f"partial({', '.join([_text(value.func), *map(_text, value.args), *named])})"
+    return getattr(value, "__qualname__", None) or repr(value)

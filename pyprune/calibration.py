@@ -1,4 +1,5 @@
-"""Calibration data on its way through a model: hidden states at rest, how blocks are called, sums over all tokens."""
+"""Calibration data on its way through a model: what it must be, hidden states at rest, how blocks are called, sums over
+all tokens."""
 
 from __future__ import annotations
 
@@ -7,11 +8,58 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
-from pyprune.architectures import Trunk
+from pyprune.architectures import Trunk, unwrap, weight_of
 
 Keep = Literal["device", "host", "disk"]
+
+
+# ----------------------------------------------------------------------------------------------------------- token ids
+
+
+def check_calibration(
+    model: nn.Module, batches: Sequence[Tensor], name: str = "calibration", *, joined: bool = False
+) -> None:
+    """Raises ValueError unless each batch is token ids [B, T] that the model knows, no longer than its positions.
+
+    Args:
+        model: with a head or without; may be a PeftModel.
+        name: of the argument, for the message.
+        joined: whether all batches must have one length.
+    """
+    model = unwrap(model)
+    tokens = len(weight_of(model.get_input_embeddings()))  # type: ignore[operator]
+    positions: int = model.config.max_position_embeddings  # type: ignore[assignment,union-attr]
+    for ids in batches:
+        if not _are_ids(ids, tokens):  # an index that is too high ends a CUDA context
+            raise ValueError(
+                f"{name}: expected int64 or int32 token ids [B, T] from 0 to {tokens - 1}, no batch of them empty, "
+                f"found {_outline(ids)}; encode the text with the model's own tokenizer"
+            )
+        if ids.shape[1] > positions:
+            raise ValueError(
+                f"{name}: a batch has windows of {ids.shape[1]} tokens, more than the {positions} positions of the "
+                "model; use shorter ones"
+            )
+    lengths = sorted({ids.shape[1] for ids in batches})
+    if joined and len(lengths) > 1:
+        raise ValueError(
+            f"{name}: batches of {lengths} tokens; expected one length, to join them; cut all to the shortest"
+        )
+
+
+def _are_ids(ids: Any, tokens: int) -> bool:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2 or not ids.numel():
+        return False
+    return 0 <= int(ids.min()) <= int(ids.max()) < tokens
+
+
+def _outline(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    extremes = f" with values from {value.min()} to {value.max()}" if value.numel() else ""
+    return f"{value.dtype} {list(value.shape)}{extremes}"
 
 
 # ------------------------------------------------------------------------------------------------ hidden states at rest

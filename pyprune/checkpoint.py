@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from pyprune.packing import Report, sparsify
+from pyprune.masked import MaskedLinear
+from pyprune.packing import Report, refuse_adapters, sparsify
 from pyprune.quantizer import packed_linears
 from pyprune.surgery import new_folder, strip_quantization
 
@@ -50,8 +51,12 @@ def save_dense(
 ) -> None:
     """Writes a stock checkpoint, zeros and all, that every tool loads; a packed model is unpacked, in place.
 
-    Arguments and errors as of `save`. SLoRB's parts are added into the weights.
+    Arguments and errors as of `save`; also, ValueError for a model that AST still trains. SLoRB's parts are added into
+    the weights.
     """
+    refuse_adapters(model)
+    if masked := [name for name, module in model.named_modules() if isinstance(module, MaskedLinear)]:
+        raise ValueError(f"model: {masked[0]} is still trained under a mask; call AST.finalize(model) first")
     if packed_linears(model):
         model.dequantize()  # type: ignore[operator]
     strip_quantization(model)

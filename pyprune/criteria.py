@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from pyprune import ops
 from pyprune.architectures import Decoder, Groups, Part, base, describe, weight_of
+from pyprune.calibration import check_calibration
 from pyprune.surgery import dense_weight
 
 Scores = dict[str, Tensor]
@@ -45,8 +46,8 @@ def score(model: nn.Module, batches: Sequence[Tensor] | None, criterion: str | C
         criterion: a name in `CRITERIA`, or a function.
 
     Raises:
-        ValueError: an unknown criterion, no batches where they are needed, or scores of unknown groups, of a wrong
-            shape, or not finite; the group is named.
+        ValueError: an unknown criterion, no batches where they are needed, batches that do not fit the model, or scores
+            of unknown groups, of a wrong shape, or not finite; the group is named.
     """
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise ValueError(f"criterion is {criterion!r}; expected one of {', '.join(CRITERIA)}, or a function")
@@ -138,7 +139,7 @@ def _hooked(handles: Iterable[Any]) -> Iterator[None]:
 @torch.no_grad()
 def _forward(decoder: Decoder, batches: Sequence[Tensor], criterion: str) -> None:
     """Runs the blocks on the batches without gradients or dropout."""
-    _require(batches, criterion)
+    _require(decoder.model, batches, criterion)
     training, device = decoder.model.training, weight_of(decoder.embedding).device
     decoder.model.eval()
     try:
@@ -148,12 +149,13 @@ def _forward(decoder: Decoder, batches: Sequence[Tensor], criterion: str) -> Non
         decoder.model.train(training)
 
 
-def _require(batches: Sequence[Tensor], criterion: str) -> None:
+def _require(model: nn.Module, batches: Sequence[Tensor], criterion: str, *, joined: bool = False) -> None:
     if not batches:
         raise ValueError(
             f"criterion {criterion}: it needs token ids to look at; pass calibration=[ids, ...], each [batch, tokens], "
             "or choose magnitude or random"
         )
+    check_calibration(model, batches, f"criterion {criterion}", joined=joined)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -257,10 +259,7 @@ def taylor(model: nn.Module, batches: Sequence[Tensor], order: Literal["first", 
     The batches, all of one length, go through the model as one: the activations of all their tokens are in memory
     unless the model uses gradient checkpointing.
     """
-    _require(batches, "taylor")
-    lengths = {ids.shape[1] for ids in batches}
-    if len(lengths) > 1:
-        raise ValueError(f"criterion taylor: batches of {sorted(lengths)} tokens; expected one length, to join them")
+    _require(model, batches, "taylor", joined=True)
     decoder = describe(model)
     sums: dict[tuple[nn.Module, int], Tensor] = {}
 
@@ -331,7 +330,7 @@ def _backward(decoder: Decoder, ids: Tensor) -> None:
 def lora(model: nn.Module, batches: Sequence[Tensor], rank: int = 8, seed: int = 0) -> Scores:
     """LoRAPrune's in one shot: fresh adapters (B = 0, so that Ghat = s G A^T A), one backward pass a batch, removed
     again."""
-    _require(batches, "lora")
+    _require(model, batches, "lora")
     names = list(describe(model).linear_names())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng():

@@ -154,6 +154,7 @@ class Distillation:
 
     Attributes:
         ce, kl: sums of the two parts since `reset`, detached.
+        used: whether the model has been asked for its loss since `reset`; some trainers never do.
     """
 
     def __init__(self, model: Any, stack: nn.Module, teacher: Any, teacher_stack: nn.Module, weights: Weights) -> None:
@@ -181,13 +182,14 @@ class Distillation:
             stack.register_forward_hook(self._capture, with_kwargs=True),
         ]
         self.wanted = False
-        self.captured: tuple[Tensor, Tensor] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Begins the sums of a step."""
         self.ce: Tensor | float = 0.0
         self.kl: Tensor | float = 0.0
+        self.used = False
+        self.captured: tuple[Tensor, Tensor] | None = None
 
     def remove(self) -> None:
         """Leaves the model as it was."""
@@ -196,7 +198,7 @@ class Distillation:
         self.model.loss_function = self.stock_loss
 
     def _request(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        self.wanted = model.training and kwargs.get("labels") is not None
+        self.wanted, self.captured = model.training and kwargs.get("labels") is not None, None
         return args, kwargs | ({"logits_to_keep": 1} if self.wanted else {})
 
     def _capture(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -234,5 +236,5 @@ class Distillation:
             self.weights,
             num_items_in_batch,
         )
-        self.ce, self.kl = self.ce + ce, self.kl + kl
+        self.ce, self.kl, self.used = self.ce + ce, self.kl + kl, True
         return loss

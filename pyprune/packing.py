@@ -129,8 +129,7 @@ def sparsify(model: nn.Module, expected_batch: int = 1, *, measure: bool = True)
     """
     if expected_batch < 1:
         raise ValueError(f"expected_batch is {expected_batch}; expected at least 1 token")
-    if hasattr(model, "peft_config"):
-        raise ValueError("model has adapters; fold them with pyprune.surgery.fold_adapters, or add them after sparsify")
+    refuse_adapters(model)
     names = [name for name, _ in _linears(model)]
     reports = {}
     for group in _groups(model):
@@ -144,6 +143,12 @@ def sparsify(model: nn.Module, expected_batch: int = 1, *, measure: bool = True)
         attach(model)
     order = {name: place for place, name in enumerate(names)}
     return Report(tuple(sorted(reports.values(), key=lambda report: order[report.name])), expected_batch)
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises ValueError when the model has some: they would not be packed, or not be written."""
+    if hasattr(model, "peft_config"):
+        raise ValueError("model has adapters; fold them with pyprune.surgery.fold_adapters, or add them after sparsify")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pyprune.reference.bits import unpack_bits
 from pyprune.reference.selection import keep_highest
 
 NAMES = "layer, row, balanced or N:M (as 2:4)"
+MAX_M = 256  # an index inside a group is a byte in kernels and in packed weights
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,15 @@ class Pattern:
 
 
 def parse(text: str) -> Pattern:
-    """The pattern of that name. Raises ValueError for an unknown one, and for N:M unless 0 < N < M."""
+    """The pattern of that name. Raises ValueError for an unknown one, and for N:M unless 0 < N < M <= 256."""
     if text in ("layer", "row", "balanced"):
         return Pattern(text)
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None:
         raise ValueError(f"pattern is {text!r}; expected {NAMES}")
     n, m = int(match[1]), int(match[2])
-    if not 0 < n < m:
-        raise ValueError(f"pattern is {text!r}; expected N:M with 0 < N < M, N weights of every M stay")
+    if not 0 < n < m <= MAX_M:
+        raise ValueError(f"pattern is {text!r}; expected N:M with 0 < N < M <= {MAX_M}, N weights of every M stay")
     return Pattern(text, n, m)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from pyprune import evaluation, removal, surgery
 from pyprune.architectures import Decoder, describe, size_of, weight_of
@@ -443,7 +444,8 @@ class Plan:
         """Cuts a stock model, in place: heads and channels, blocks, hidden size, and the config.
 
         Raises:
-            ValueError: the model has other widths than the one planned for, or has adapters; nothing was changed.
+            ValueError: the model has other widths than the one planned for, or has adapters; or `kept` was edited to
+                what cannot be. Nothing was changed.
         """
         decoder = describe(model)
         if Widths.of(decoder) != self.dense:
@@ -451,6 +453,7 @@ class Plan:
                 f"the plan is for a model of {_text(self.dense)}; this one has {_text(Widths.of(decoder))}; plan again"
             )
         surgery.refuse_adapters(decoder, "Plan.apply")
+        self._check_kept(decoder)
         layers = self.kept.get("layers", range(len(decoder.blocks)))
         groups = {g.name: self.kept[g.name] for g in decoder.groups() if g.name in self.kept and g.block in layers}
         removal.remove_groups(model, groups)
@@ -460,6 +463,18 @@ class Plan:
         if "hidden" in self.kept:
             surgery.slice_hidden(model, self.kept["hidden"])
         return surgery.settle_config(model)
+
+    def _check_kept(self, decoder: Decoder) -> None:
+        """All of it before the first cut."""
+        groups = {g.name: g for g in decoder.groups()}
+        if unknown := sorted(self.kept.keys() - groups.keys() - {"layers", "hidden"}):
+            raise ValueError(f"kept: unknown groups {unknown}; expected names like {', '.join(list(groups)[:2])}")
+        if "layers" in self.kept:
+            removal.check_blocks(len(decoder.blocks), self.kept["layers"])
+        if "hidden" in self.kept:
+            surgery.check_keep(decoder, self.kept["hidden"])
+        for name in self.kept.keys() & groups.keys():
+            removal.check_groups(groups[name], self.kept[name])
 
     def table(self) -> str:
         """Before and after, block by block (equal ones in one line), and the whole model."""
@@ -560,7 +575,8 @@ def latency_of(
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: largest["layers"]]
         weight = weight_of(decoder.embedding)
-        other = type(decoder.model)(config).to(weight)
+        with weight.device:
+            other = AutoModelForCausalLM.from_config(config, dtype=weight.dtype)
         times = evaluation.latency({"dense": model, "pruned": other}, prompt_tokens, new_tokens, repeats)
         dense, pruned = (times[name].prefill + new_tokens * times[name].decode for name in ("dense", "pruned"))
         return pruned / dense

@@ -3,7 +3,6 @@ attention and MLP, one after the other, give what they gave before, on the calib
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ class Reconstruction:
     what is pruned before it. Zeros stay zeros. Weights are trained in fp32 by Adam and rounded to their dtype.
 
     Attributes:
-        epochs: passes over the calibration batches for each of the two.
+        epochs: passes over the calibration batches for each of the two, a step for every batch (`Block.descend`).
         learning_rate: Adam's step as a share of the root mean square of a linear's surviving weights, falling to 0.
     """
 
@@ -52,38 +51,19 @@ class Reconstruction:
         survivors = {name: _Survivors(block.linears[name].matrix) for name in names}
         before = self._error(block, write, targets, {name: block.linears[name].matrix for name in names})
         groups = [{"params": [s.values], "lr": self.learning_rate * s.scale} for s in survivors.values()]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        total = self.epochs * len(block)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / total)) / 2)
-        for _ in range(self.epochs):
-            for i, target in enumerate(targets):
-                self._step(block, i, write, target, survivors, optimizer)
-                schedule.step()
+
+        def loss(i: int) -> Tensor:
+            weights = {name: s.weight() for name, s in survivors.items()}
+            error, size = _squares(block.capture(i, [write], weights)[write][1], targets[i])
+            return error / size
+
+        block.descend(torch.optim.Adam(groups, betas=(0.9, 0.95)), self.epochs, loss)
         found = {name: s.weight().detach() for name, s in survivors.items()}
         after = self._error(block, write, targets, found)
         if after < before:
             for name, weight in found.items():
                 block.write(name, weight)
         return before, min(before, after)
-
-    @torch.enable_grad()
-    def _step(
-        self,
-        block: Block,
-        i: int,
-        write: str,
-        target: Tensor,
-        survivors: Mapping[str, _Survivors],
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        weights = {name: s.weight() for name, s in survivors.items()}
-        error, size = _squares(block.capture(i, [write], weights)[write][1], target)
-        optimizer.zero_grad()
-        (error / size).backward()
-        for s in survivors.values():
-            assert s.values.grad is not None
-            sum_over_processes(s.values.grad)
-        optimizer.step()
 
     def _error(self, block: Block, write: str, targets: list[Tensor], weights: Mapping[str, Tensor]) -> float:
         squares = torch.zeros(2, dtype=torch.float64)

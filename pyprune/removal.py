@@ -108,11 +108,15 @@ def remove_blocks(model: nn.Module, kept: Sequence[int]) -> nn.Module:
         ValueError: `kept` is empty, not rising, or names a block that is not there.
     """
     decoder = describe(model)
-    count = len(decoder.blocks)
-    if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
-        raise ValueError(f"kept: expected rising indices of blocks, 0 to {count - 1}, at least one, found {list(kept)}")
+    check_blocks(len(decoder.blocks), kept)
     decoder.keep_blocks(kept)
     return model
+
+
+def check_blocks(count: int, kept: Sequence[int]) -> None:
+    """Raises ValueError unless `kept` are rising indices of some of `count` blocks."""
+    if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
+        raise ValueError(f"kept: expected rising indices of blocks, 0 to {count - 1}, at least one, found {list(kept)}")
 
 
 @contextmanager

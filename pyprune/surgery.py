@@ -132,9 +132,14 @@ def untie(decoder: Decoder) -> None:
 # ---------------------------------------------------------------- adapters
 
 
+def residual_layers(decoder: Decoder) -> list[nn.Module]:
+    """The layers that write to the residual stream, and the linears that read it."""
+    return [*decoder.writers().values(), *(linear for reads in decoder.reads() for linear in reads.linears)]
+
+
 def refuse_adapters(decoder: Decoder, what: str) -> None:
     """Raise ValueError when a layer still has an adapter or is quantised, which `what` cannot handle exactly."""
-    layers = [*decoder.writers().values(), *(linear for reads in decoder.reads() for linear in reads.linears)]
+    layers = residual_layers(decoder)
     if any(base(layer) is not layer for layer in layers):
         raise ValueError(f"{what}: the model has adapters; fold them first with pyprune.surgery.fold_adapters(model)")
     _refuse_quantised(layers, what)
@@ -154,13 +159,24 @@ def fold_adapters(model: nn.Module) -> nn.Module:
     """Merge LoRA and DoRA adapters into the weights (PEFT's merge) and return the stock model inside.
 
     A tied head that has an adapter of its own is untied first, or the adapter would leak into the embedding. A
-    quantised base is dequantised first: merged in 4 bits, the adapters would be rounded away.
+    quantised base is dequantised first: merged in 4 bits, the adapters would be rounded away. A packed base is
+    unpacked, and its zeros are gone.
 
     Raises:
-        ValueError: merged weights that are not finite (PEFT's message names the adapter), DoRA on a quantised base.
+        ValueError: merged weights that are not finite (PEFT's message names the adapter), DoRA on a quantised base,
+            adapters that PEFT put into a model without a PeftModel around it.
     """
     if not callable(getattr(model, "merge_and_unload", None)):
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "model: its adapters were added by model.add_adapter, which leaves no PeftModel that could merge them; "
+                "add them by peft.get_peft_model instead"
+            )
         return unwrap(model)
+    inner: Any = unwrap(model)
+    if any(isinstance(layer, nn.Linear) and layer.weight is None for layer in inner.modules()):  # packed
+        inner.dequantize()
+        strip_quantization(inner)
     decoder = describe(model)
     _fold_quantised(model)
     if base(decoder.head) is not decoder.head:
@@ -324,7 +340,7 @@ def compact(
     writers = decoder.writers()
     if unknown := set(wide) - set(writers):
         raise ValueError(f"wide: unknown writers {sorted(unknown)}; expected names like {', '.join(list(writers)[:3])}")
-    refuse_what_cannot_be_cut([*readers, *writers.values()], "compact")
+    refuse_what_cannot_be_cut(residual_layers(decoder), "compact")
     old = decoder.hidden_size
     kept = check_keep(decoder, keep)
     dropped = complement(kept, old)
@@ -470,7 +486,8 @@ def _settle_embedding_scale(decoder: Decoder) -> None:
     if scale == 1.0:
         return
     weight = weight_of(decoder.embedding)
-    weight.data = (weight.data.double() * scale).to(weight.dtype)
+    for rows in weight.data.split(ROWS_AT_ONCE):
+        rows.copy_(rows.double() * scale)
     if decoder.tied:
         decoder.set_gain(decoder.final_norm, decoder.gain(decoder.final_norm) / scale)
 

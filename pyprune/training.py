@@ -74,9 +74,9 @@ def load_state(model: nn.Module, folder: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first. One is complete when its marker, written last, names all of
-    its files with the sizes that they have."""
-    return sorted((path for path in folder.glob("checkpoint-*") if _is_complete(path)), key=step_of)
+    """The complete checkpoints in `folder`, oldest first. One is complete when its marker, written last, names files
+    that are all there with the sizes that they had."""
+    return sorted((path for path in _numbered(folder) if _is_complete(path)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -84,12 +84,22 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def _numbered(folder: Path) -> list[Path]:
+    """Folders with the names that a Trainer gives its checkpoints."""
+    return [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[len("checkpoint-") :].isdigit()]
+
+
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        sizes = json.loads((checkpoint / MARKER).read_text())
+        listed = json.loads((checkpoint / MARKER).read_text())
     except (OSError, ValueError):
         return False
-    return sizes == _sizes(checkpoint)
+    return listed is not None and listed.items() <= _sizes(checkpoint).items()
+
+
+def _is_own(checkpoint: Path) -> bool:
+    """Whether `tune` began it; a kill may have come before the marker."""
+    return (checkpoint / MARKER).exists() or not any(path.suffix != ".partial" for path in checkpoint.iterdir())
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
@@ -98,27 +108,45 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what a kill in the middle of a save left in `folder`."""
-    for path in folder.glob("checkpoint-*"):
-        if not _is_complete(path):
+    """Removes what a kill in the middle of a save left in `folder`; what others put there stays."""
+    for path in _numbered(folder):
+        if _is_own(path) and not _is_complete(path):
             shutil.rmtree(path)
 
 
+def _refuse_checkpoints_of_others(folder: Path) -> None:
+    """They would be written over."""
+    if foreign := sorted(path for path in _numbered(folder) if not _is_own(path)):
+        raise FileExistsError(
+            f"{foreign[0]} was not written by pyprune and cannot be resumed from; choose another output_dir, or move "
+            "it away"
+        )
+
+
 class _CompleteCheckpoint(TrainerCallback):
-    """Adds the trained tensors and, last of all, the marker to a checkpoint, then removes older ones."""
+    """Marks a checkpoint as begun, adds the trained tensors and, last of all, a list of it; then removes older ones."""
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:  # this callback is the last one that could ask for it
+            checkpoint = _checkpoint(args, state)
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            write_atomically(checkpoint / MARKER, "null")
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(args.output_dir)  # type: ignore[arg-type]
-        checkpoint = folder / f"checkpoint-{state.global_step}"
+        checkpoint = _checkpoint(args, state)
         if not (checkpoint / STATE).exists():  # a method's own callback may have written it
             save_state(kwargs["model"], checkpoint)
         write_atomically(checkpoint / MARKER, json.dumps(_sizes(checkpoint)))
-        for old in checkpoints(folder)[: -self.keep]:
-            (old / MARKER).unlink()  # a kill inside the removal must not leave a checkpoint that looks complete
+        for old in checkpoints(checkpoint.parent)[: -self.keep]:
+            write_atomically(old / MARKER, "null")  # a kill inside the removal must not leave one that looks complete
             shutil.rmtree(old)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir, f"checkpoint-{state.global_step}")  # type: ignore[arg-type]
 
 
 # -------------------------------------------------------------------------------------------------- optimiser's state
@@ -134,21 +162,55 @@ class Change(Protocol):
 
 def carry_moments(optimizer: torch.optim.Optimizer | None, changes: Mapping[nn.Parameter, Change]) -> None:
     """Changes Adam's moments, or SGD's momentum, as their parameters were changed. Without an optimizer, nothing.
-
-    Raises:
-        ValueError: the optimizer keeps other tensors for a parameter, which this cannot change.
-    """
+    `check_moments` says, earlier, whether an optimizer is of that kind."""
     for parameter, change in changes.items() if optimizer else ():
         state = optimizer.state.get(parameter, {})  # type: ignore[union-attr]
         for name, value in state.items():
-            if not isinstance(value, torch.Tensor) or value.ndim == 0:
-                continue
-            if name not in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            if _has_shape(value):
+                state[name] = change.squared(value) if name == "exp_avg_sq" else change(value)
+
+
+def check_moments(optimizer: torch.optim.Optimizer, otherwise: str) -> None:
+    """Raises ValueError when the optimizer keeps what `carry_moments` cannot change: to be called after its first step,
+    while the model is whole. `otherwise` are the options that leave the shapes alone."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if _has_shape(value) and name not in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
                 raise ValueError(
-                    f"optimizer keeps {name!r}, which cannot follow the model into smaller shapes; use AdamW, or "
-                    "compact=False with basis 'pca' or 'identity'"
+                    f"the Trainer's optimizer keeps {name!r}, which cannot follow the model into smaller shapes; use "
+                    f"AdamW (optim='adamw_torch'), or {otherwise}"
                 )
-            state[name] = change.squared(value) if name == "exp_avg_sq" else change(value)
+
+
+def _has_shape(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def check_arguments(args: TrainingArguments, otherwise: str | None) -> None:
+    """Raises ValueError for a training in which a method that prunes under way would go wrong. `otherwise` is the
+    option that leaves the shapes alone, None when they are."""
+    if args.fp16:
+        raise ValueError("fp16 training scales its gradients, which the method reads; use bf16=True, or fp32")
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end would put the adapters of one step beside the masks and shapes of another; leave "
+            "it off, or train fewer steps"
+        )
+    if args.deepspeed or args.fsdp:
+        raise ValueError(
+            f"{'deepspeed' if args.deepspeed else 'fsdp'} shards or steps parameters out of reach of the method's "
+            "callback; train in one process, or by DistributedDataParallel"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs are visible to one process, which {ONE_GPU}")
+    if args.world_size > 1 and otherwise:
+        raise ValueError(
+            f"{args.world_size} processes train one model; DistributedDataParallel gathers gradients in buffers that "
+            f"cannot follow it into smaller shapes, so use {otherwise}"
+        )
+
+
+ONE_GPU = "Trainer would copy the model to (DataParallel), without its hooks; set CUDA_VISIBLE_DEVICES to one of them"
 
 
 # ------------------------------------------------------------------------------------------------ callbacks of the loop
@@ -330,7 +392,9 @@ def tune(
         arguments: further fields of `transformers.TrainingArguments`.
 
     Raises:
-        ValueError: the dataset is smaller than a batch, or a checkpoint does not fit the model.
+        ValueError: the dataset is smaller than a batch, a checkpoint does not fit the model, or several processes or
+            GPUs would train; a Trainer with the method's callbacks is for these.
+        FileExistsError: a checkpoint of something else is in `output_dir`.
         DivergedError: loss or gradient not finite.
         InterruptedTraining: SIGINT or SIGTERM came; a checkpoint of the last step was written.
     """
@@ -358,6 +422,14 @@ def tune(
             **arguments,
         }
     )
+    if training_arguments.world_size > 1:
+        raise ValueError(
+            f"{training_arguments.world_size} processes were started, and tune works in one; use a Trainer with the "
+            "method's callbacks"
+        )
+    if training_arguments.n_gpu > 1:
+        raise ValueError(f"{training_arguments.n_gpu} GPUs are visible, which {ONE_GPU}")
+    _refuse_checkpoints_of_others(output_dir)
     tokens_per_step = batch_size * training_arguments.gradient_accumulation_steps * dataset.ids.shape[1]
     remove_partial(output_dir)
     resume = latest_checkpoint(output_dir)
@@ -375,8 +447,11 @@ def tune(
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     if done < steps:
-        with stop.listening(), contextlib.closing(logger), _clear_disk_full(output_dir):
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        try:
+            with stop.listening(), contextlib.closing(logger), _clear_disk_full(output_dir):
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        finally:
+            remove_partial(output_dir)
         done = trainer.state.global_step
     if done < steps:
         raise InterruptedTraining(f"stopped at step {done} of {steps}; the checkpoint of this step is in {output_dir}")

@@ -18,6 +18,13 @@ def _check_mask(op: str, like: Tensor, mask: Tensor) -> None:
     expect_shape(op, "mask", mask, like.shape[0], -(-like.shape[1] // 8))
 
 
+def _expect_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"nm_adamw_: {name} is changed in place and must be contiguous; its strides are {tensor.stride()}"
+        )
+
+
 def _check_nm_adamw(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, mask: Tensor | None) -> None:
     op = "nm_adamw_"
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float64):
@@ -30,8 +37,7 @@ def _check_nm_adamw(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Te
     for name, tensor in {"grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}.items():
         expect_shape(op, name, tensor, *param.shape)
     for name, tensor in {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}.items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"{op}: {name} is changed in place and must be contiguous; its strides: {tensor.stride()}")
+        _expect_contiguous(name, tensor)
     if mask is not None:
         _check_mask(op, param, mask)
 
@@ -140,15 +146,29 @@ def nm_adamw_(
         step: the number of this step, from 1.
         seed: of the rounding to bf16, which is stochastic: element i takes the upper 16 bits of hash32(i + seed), so
             that the same seed gives the same result. Steps should have seeds of their own. fp32 is not rounded.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes that differ; param, exp_avg or exp_avg_sq with gaps in memory, or, with
+            a mask or of different layouts, not contiguous.
     """
     if mask is None:
-        param, grad, exp_avg, exp_avg_sq = (
-            tensor.view(1, -1) if tensor.dim() < 2 else tensor.flatten(0, -2)
-            for tensor in (param, grad.contiguous(), exp_avg, exp_avg_sq)
+        order = range(param.dim())
+        if not param.is_contiguous():  # channels last, say: its dimensions as they lie in memory
+            order = sorted(order, key=param.stride, reverse=True)  # type: ignore[assignment]
+        param, exp_avg, exp_avg_sq = (
+            _rows(name, tensor.permute(tuple(order)))
+            for name, tensor in {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}.items()
         )
+        grad = _rows("grad", grad.permute(tuple(order)).contiguous())
     torch.ops.pyprune.nm_adamw_(
         param, grad, exp_avg, exp_avg_sq, mask, lr, *betas, eps, weight_decay, masked_decay, step, seed & 0xFFFFFFFF
     )
+
+
+def _rows(name: str, tensor: Tensor) -> Tensor:
+    """The same memory as [rows, columns]."""
+    _expect_contiguous(name, tensor)
+    return tensor.view(1, -1) if tensor.dim() < 2 else tensor.flatten(0, -2)  # a view, as it is contiguous
 
 
 def masked_weight(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:

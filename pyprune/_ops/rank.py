@@ -118,7 +118,7 @@ def rank_mask(weight: Tensor, rank: Tensor, threshold: Tensor) -> Tensor:
 
     Args:
         weight: [out, in] in bf16, fp16, fp32 or fp64, with in <= 65536.
-        rank: uint16 [out, in], each below in.
+        rank: uint16 [out, in], each below in, which is not looked at: others make their own row wrong.
         threshold: int32 [out], 0 (all stay) to in (all go).
 
     Raises:
@@ -132,7 +132,8 @@ def rank_bucket_grad(grad: Tensor, weight: Tensor, rank: Tensor, steps: int) -> 
     floor(in d / steps), for d = 0 ... steps.
 
     Args:
-        grad, weight: [out, in] of one dtype. rank: uint16 [out, in], each below in.
+        grad, weight: [out, in] of one dtype.
+        rank: uint16 [out, in], each below in, which is not looked at: others make their own row wrong.
         steps: 1 to 255.
 
     Returns:

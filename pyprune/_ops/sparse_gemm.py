@@ -417,7 +417,7 @@ def gathered_linear(
 
     Args:
         x: [..., kept inputs]; bf16, fp16, fp32 or fp64.
-        weight: [out, in] in x's dtype.
+        weight: [out, in] in x's dtype; with few tokens its left-out columns are read too, and must be finite.
         in_index, out_index: int64 [kept], rising: columns and rows of weight; None for all of them.
         bias: [out] in x's dtype, or None.
 

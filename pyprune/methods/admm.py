@@ -66,8 +66,8 @@ class ADMM(Splitting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.closing < 1:
-            raise ValueError(f"closing is {self.closing}; expected at least 1")
+        if not 1 <= self.closing <= self.iterations:  # or the last mask would drop too few
+            raise ValueError(f"closing is {self.closing}; expected 1 to {self.iterations}, the number of iterations")
 
     def split(self, weight: Tensor, gram: Tensor, select: Select) -> tuple[Tensor, Tensor]:
         """Z = mask (W + D);  D += W - Z;  W = (W0 G + rho (Z - D)) (G + rho I)^-1."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pyprune.architectures import Linear, describe_blocks
-from pyprune.blockwise import InputNorm
+from pyprune.calibration import InputNorm, check_calibration
 from pyprune.distillation import Distillation, Weights
 from pyprune.masked import MaskedLinear, MaskRule, is_sharded
 from pyprune.methods import option
@@ -89,6 +89,8 @@ class AST:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; expected a positive number")
+        if self.slorb_trained and self.slorb is None:
+            raise ValueError("slorb_trained is True, but there is no SLoRB to train; give slorb=16 too")
         if self.mask == "gradual" and (self.slorb or self.transposable):
             raise ValueError("mask is 'gradual', which goes with neither slorb nor transposable masks; use 'adaptive'")
         self.rule = MaskRule.parse(self.pattern, self.transposable)
@@ -97,10 +99,12 @@ class AST:
     sparse = True  # the result is worth packing
 
     def check(self, model: nn.Module) -> None:
-        """Raises ValueError when the pattern or SLoRB's blocks do not divide a weight; `model` may be on the meta
-        device."""
+        """Raises ValueError when the pattern or SLoRB's blocks do not divide a weight, or when it is fp16; `model` may
+        be on the meta device."""
         for name, linear in _linears(model).items():
             outputs, inputs = linear.matrix.shape
+            if linear.matrix.dtype == torch.float16:
+                raise ValueError(f"model: {name} is torch.float16, too coarse to be trained; load it in bfloat16")
             self.rule.check(name, outputs, inputs)
             if self.slorb is not None and (self.slorb < 1 or inputs % self.slorb):
                 raise ValueError(f"slorb is {self.slorb}; expected a divisor of the {inputs} inputs of {name}")
@@ -173,6 +177,7 @@ def _input_norms(
     """||x_j|| [in] of what each linear reads on the calibration batches."""
     if not calibration:
         raise ValueError("calibration: the criterion wanda needs token ids to look at; pass calibration=[ids, ...]")
+    check_calibration(model, calibration)
     found: dict[str, InputNorm] = {}
 
     def observe(name: str) -> Any:
@@ -184,12 +189,14 @@ def _input_norms(
 
     hooks = [linear.module.register_forward_pre_hook(observe(name)) for name, linear in linears.items()]
     training = model.training
-    model.eval()
-    for ids in calibration:
-        model(input_ids=ids.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
-    model.train(training)
-    for hook in hooks:
-        hook.remove()
+    try:
+        model.eval()
+        for ids in calibration:
+            model(input_ids=ids.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
     return {name: norm.norm.float() for name, norm in found.items()}
 
 
@@ -211,9 +218,9 @@ class _Tuning:
     def __init__(self, options: AST, model: Any, calibration: Sequence[Tensor] | None) -> None:
         self.options, self.rule = options, options.rule
         self.stock = _linears(model)
-        self.distillation = self._distil(model) if options.kl_weight > 0 else None
         wanda = options.criterion == "wanda"
         norms = _input_norms(model, self.stock, calibration) if wanda else {}
+        self.distillation = self._distil(model) if options.kl_weight > 0 else None
         self.layers = {name: self._mask(linear, norms.get(name)) for name, linear in self.stock.items()}
         for name, layer in self.layers.items():
             model.set_submodule(name, layer)
@@ -342,6 +349,16 @@ class _Callback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.tuning.begin(state.global_step, kwargs["optimizer"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.tuning.distillation and not self.tuning.distillation.used:
+            raise ValueError(
+                f"kl_weight is {self.tuning.options.kl_weight}, but this Trainer did not take its loss from the model, "
+                "so nothing was distilled: label_smoothing_factor, compute_loss_func and TRL's fused loss are others; "
+                "leave them off, use transformers.Trainer, or train with kl_weight=0"
+            )
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs")

@@ -7,8 +7,8 @@ gradient passes straight through the mask by way of the probability that a weigh
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pyprune import ops
 from pyprune.blockwise import Block, InputNorm
-from pyprune.calibration import sum_over_processes
 from pyprune.methods import option
 from pyprune.methods.oneshot import OneShot
+from pyprune.methods.sparsegpt import check_group
 from pyprune.methods.wanda import wanda_scores
 
 STEPS = 100  # the candidate rates are 0, 1/STEPS, ..., 1
@@ -73,28 +73,26 @@ class BESA(OneShot):
         """See `blockwise.BlockMethod`."""
         return "dense" if self.targets == "dense" else "pruned"
 
+    def check_linear(self, name: str, outputs: int, inputs: int) -> None:
+        """Raises ValueError when groups of `bits_group` inputs do not divide those of the linear."""
+        if self.bits:
+            check_group(self.bits_group, name, inputs)
+
     def solve(self, block: Block) -> dict[str, float]:
         """Returns `learnt`, the block's sparsity before it was made exact, and the standard deviation of the rates of
         rows, `rates_std`."""
         norms = block.statistics(InputNorm)
         linears = {
-            name: _Allocated(self, linear.matrix, norms[name].norm, _share(block), f"{block.name}.{name}")
+            name: _Allocated(self, linear.matrix, norms[name].norm, _share(block))
             for name, linear in block.linears.items()
         }
         groups = [{"params": [x.theta for x in linears.values()], "lr": self.learning_rate}]
         if self.bits:
             groups.append({"params": [x.clipping for x in linears.values()], "lr": self.clipping_rate})
-        optimizer = torch.optim.Adam(groups)
-        total = self.epochs * len(block)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / total)) / 2)
-        for _ in range(self.epochs):
-            for i in range(len(block)):
-                self._step(block, i, linears, optimizer)
-                schedule.step()
+        block.descend(torch.optim.Adam(groups), self.epochs, partial(self._loss, block, linears))
         return self._finish(block, linears)
 
-    @torch.enable_grad()
-    def _step(self, block: Block, i: int, linears: dict[str, _Allocated], optimizer: torch.optim.Optimizer) -> None:
+    def _loss(self, block: Block, linears: dict[str, _Allocated], i: int) -> Tensor:
         assert block.targets is not None
         betas = {name: linear.beta() for name, linear in linears.items()}
         output = block.forward(i, {name: linear.weight(betas[name]) for name, linear in linears.items()})
@@ -102,13 +100,7 @@ class BESA(OneShot):
         size = sum(block.dense[name].numel() for name in linears)
         sparsity = sum(rate * (block.dense[name].numel() / size) for name, rate in rates.items())
         wanted = _share(block)
-        loss = relative_error(output, block.targets[i]) + self.penalty * ((sparsity - wanted) / wanted) ** 2
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                sum_over_processes(parameter.grad)
-        optimizer.step()
+        return relative_error(output, block.targets[i]) + self.penalty * ((sparsity - wanted) / wanted) ** 2
 
     def _finish(self, block: Block, linears: dict[str, _Allocated]) -> dict[str, float]:
         """Makes the sparsity exact and the masks final."""
@@ -129,16 +121,14 @@ class BESA(OneShot):
 class _Allocated:
     """One linear: its weight, the ranks in its rows, the logits of its rates, and its clipping."""
 
-    def __init__(self, options: BESA, weight: Tensor, norm: Tensor, sparsity: float, name: str) -> None:
+    def __init__(self, options: BESA, weight: Tensor, norm: Tensor, sparsity: float) -> None:
         self.options, self.dense = options, weight
         self.rank = ranks(wanda_scores(weight, norm))
         rows, columns = weight.shape
         start = start_logits(sparsity, options.spread, options.temperature).to(norm)
         self.theta = start.repeat(rows if options.rates == "row" else 1, 1).requires_grad_()
-        group = options.bits_group or columns
-        if options.bits and columns % group:
-            raise ValueError(f"bits_group is {group}, which does not divide the {columns} inputs of {name}")
-        self.clipping = norm.new_full((rows, columns // group, 2), CLIPPING_START).requires_grad_()
+        groups = columns // (options.bits_group or columns)
+        self.clipping = norm.new_full((rows, groups, 2), CLIPPING_START).requires_grad_()
 
     def beta(self) -> Tensor:
         """The distributions over rates, [rows or 1, STEPS + 1]."""

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pyprune import criteria, plan
 from pyprune.architectures import describe
+from pyprune.calibration import check_calibration
 from pyprune.methods import option
 from pyprune.methods.loraprune import Structured
 
@@ -42,6 +43,7 @@ class LLMPruner(Structured):
     def cut(self, model: nn.Module, calibration: Sequence[torch.Tensor] | None) -> nn.Module:
         """Plans and cuts, without training: what is left is a stock model, if the widths are uniform."""
         widths = self.widths(model)
+        check_calibration(model, calibration or [], joined=True)
         rows = torch.cat(list(calibration))[: self.samples] if calibration else None
         scores = criteria.score(model, None if rows is None else [rows], self.criterion)
         self._plan = plan.choose(describe(model), self.target, widths, scores)
@@ -53,7 +55,8 @@ class LLMPruner(Structured):
         """The cut model with LoRA. A resumed run makes the cut that its checkpoint names.
 
         Raises:
-            ValueError: the target cannot be met, no calibration, or a checkpoint of another model.
+            ValueError: the target cannot be met, no calibration or one that does not fit, or a checkpoint of another
+                model.
         """
         if resume is None:
             return self.adapt(self.cut(model, calibration))

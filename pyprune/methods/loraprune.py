@@ -26,7 +26,7 @@ from pyprune.architectures import Decoder, describe, unwrap, weight_of
 from pyprune.methods import option
 from pyprune.methods.lora import LoRA
 from pyprune.schedules import Schedule
-from pyprune.training import carry_moments, save_state
+from pyprune.training import carry_moments, check_arguments, check_moments, save_state
 
 STRUCTURE = "loraprune.safetensors"  # what `prepare(resume=...)` needs before the trained tensors can be loaded
 CRITERIA = ("lora", "activation")  # those that a training step has all figures of
@@ -332,17 +332,7 @@ class _Callback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         options = self.tuning.options
-        if args.fp16:
-            raise ValueError("fp16 training scales its gradients, which the scores read; use bf16=True, or fp32")
-        if args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end would put the adapters of one step beside the masks of another; leave it off"
-            )
-        if args.world_size > 1 and options.milestones:
-            raise ValueError(
-                f"{args.world_size} processes train one model; DistributedDataParallel gathers gradients in buffers "
-                "that cannot follow it into smaller shapes, so use milestones=0"
-            )
+        check_arguments(args, "milestones=0" if options.milestones else None)
         self.schedule, self.events, self.cuts = schedule(options, state.max_steps)
         self.tuning.renew_masks()  # a resumed run has loaded which groups are masked
 
@@ -365,6 +355,8 @@ class _Callback(TrainerCallback):
         self.figures = {"groups_left": self.tuning.share_left(), "scores_skipped": skipped}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step in self.cuts | ({1} if self.cuts else set()):
+            check_moments(kwargs["optimizer"], "milestones=0")
         if state.global_step in self.cuts:
             self.tuning.cut(kwargs["optimizer"])
 

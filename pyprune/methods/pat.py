@@ -24,7 +24,7 @@ from pyprune.architectures import Decoder, describe, unwrap, weight_of
 from pyprune.methods import option
 from pyprune.methods.lora import LoRA
 from pyprune.modules import HSM, LearnedSubspace, UnifiedMask
-from pyprune.training import carry_moments, save_state
+from pyprune.training import carry_moments, check_arguments, check_moments, save_state
 
 STRUCTURE = "pat.safetensors"  # what `prepare(resume=...)` needs before the trained tensors can be loaded
 
@@ -152,6 +152,8 @@ class PAT(Pruning):
             ValueError: no calibration, a ratio or width that does not fit, a family that is not known.
         """
         self.check(model)
+        if self.compact:
+            surgery.refuse_what_cannot_be_cut(surgery.residual_layers(describe(model)), "PAT with compact")
         structure = load_file(resume / STRUCTURE) if resume else {}
         if self.basis != "identity":
             if resume is None:
@@ -300,18 +302,7 @@ class _Callback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.fp16:
-            raise ValueError("fp16 training scales its gradients, which the mask reads; use bf16=True, or fp32")
-        if args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end would put the adapters of one step beside the HSMs and channels of another; "
-                "leave it off, or train fewer steps"
-            )
-        if args.world_size > 1 and self.tuning.options.compact:
-            raise ValueError(
-                f"{args.world_size} processes train one model; DistributedDataParallel gathers gradients in buffers "
-                "that cannot follow it into smaller shapes, so use compact=False"
-            )
+        check_arguments(args, "compact=False" if self.tuning.options.compact else None)
         self.milestone = self.tuning.options.check_steps(state.max_steps)
 
     def on_step_begin(
@@ -328,6 +319,9 @@ class _Callback(TrainerCallback):
             self.figures |= self.tuning.selection.learn(state.global_step, self.milestone)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        changes = self.tuning.options.compact or self.tuning.options.basis == "learned"
+        if changes and not self.tuning.frozen and state.global_step in (1, self.milestone):
+            check_moments(kwargs["optimizer"], "compact=False with basis 'pca' or 'identity'")
         if state.global_step == self.milestone and not self.tuning.frozen:
             self.tuning.freeze(kwargs["optimizer"])
 

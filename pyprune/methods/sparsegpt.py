@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyprune import patterns
+from pyprune._ops.sparsegpt import MAX_GROUP
 from pyprune.blockwise import Block, PruningError
 from pyprune.methods import option
 from pyprune.methods.oneshot import OneShot
@@ -29,6 +31,11 @@ class SparseGPT(OneShot):
     def __post_init__(self) -> None:
         if self.pattern == "row":
             raise ValueError("pattern is 'row', but SparseGPT counts in slabs of columns; choose layer or balanced")
+        if patterns.parse(self.pattern).m > MAX_GROUP:
+            raise ValueError(
+                f"pattern is {self.pattern!r}; SparseGPT's solve takes N:M with M up to {MAX_GROUP}; choose a smaller "
+                "M, or another method"
+            )
         if self.damping <= 0 or self.slab < 1:
             raise ValueError(f"damping is {self.damping} and slab {self.slab}; expected positive numbers")
         if not (self.bits == 0 or 2 <= self.bits <= 8) or self.bits_group < 0:
@@ -36,6 +43,11 @@ class SparseGPT(OneShot):
                 f"bits is {self.bits} and bits_group {self.bits_group}; expected 0 or 2 to 8 bits, and a group of 0 or "
                 "more inputs"
             )
+
+    def check_linear(self, name: str, outputs: int, inputs: int) -> None:
+        """Raises ValueError when groups of `bits_group` inputs do not divide those of the linear."""
+        if self.bits:
+            check_group(self.bits_group, name, inputs)
 
     def solve(self, block: Block) -> dict[str, float]:
         """Returns `loss`: the squared error on the calibration text that the solves predict, over all linears."""
@@ -53,7 +65,7 @@ class SparseGPT(OneShot):
         pattern, columns = block.pattern, weight.shape[1]
         scale, zero = None, None
         if self.bits:
-            scale, zero = rounding_grid(weight, self.bits, self._bits_group(name, columns))
+            scale, zero = rounding_grid(weight, self.bits, self.bits_group or columns)
         solved, bits, loss = sparsegpt_solve(
             weight,
             factor,
@@ -70,11 +82,13 @@ class SparseGPT(OneShot):
         block.keep(name, unpack_bits(bits, columns))
         return float(loss)
 
-    def _bits_group(self, name: str, columns: int) -> int:
-        group = self.bits_group or columns
-        if columns % group:
-            raise ValueError(f"bits_group is {group}, which does not divide the {columns} inputs of {name}")
-        return group
+
+def check_group(group: int, name: str, inputs: int) -> None:
+    """Raises ValueError when a `bits_group` (0: all inputs of a row) does not divide the inputs of a linear."""
+    if inputs % (group or inputs):
+        raise ValueError(
+            f"bits_group is {group}, which does not divide the {inputs} inputs of {name}; give a divisor of them, or 0"
+        )
 
 
 def prepare(hessian: Tensor, damping: float) -> Tensor:

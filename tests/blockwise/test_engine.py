@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from pyprune import patterns
 from pyprune.architectures import describe_blocks
-from pyprune.blockwise import Block, Gram, InputNorm, PruningError, check_sparsity, linears_of, prune
+from pyprune.blockwise import Block, Gram, InputNorm, PruningError, check, check_sparsity, linears_of, prune
+from pyprune.methods.besa import BESA
 from pyprune.methods.magnitude import Magnitude
 from pyprune.methods.oneshot import OneShot
 from pyprune.methods.sparsegpt import SparseGPT
@@ -284,6 +286,41 @@ def test_blocks_of_another_run_are_refused(changed: str, tmp_path: Path) -> None
         prune(model, method, batches, then=then, folder=tmp_path)
 
 
+def test_blocks_of_another_dtype_are_refused(tmp_path: Path) -> None:
+    """Though every bfloat16 is a float32, so that the numbers are the same."""
+    model = decoder("gpt2", torch.bfloat16)
+    prune(copy.deepcopy(model), Magnitude(sparsity=0.5), folder=tmp_path)
+    with pytest.raises(ValueError, match=r"dtype was torch\.bfloat16 and is now torch\.float32; give the same"):
+        prune(model.float(), Magnitude(sparsity=0.5), folder=tmp_path)
+
+
+def keep_what_is(block: Block, share: float, measure: Any = None) -> None:
+    pass
+
+
+def test_a_partial_is_told_apart_by_its_arguments(tmp_path: Path) -> None:
+    model = decoder("llama")
+    steps = [partial(keep_what_is, share=share, measure=linears_of) for share in (0.5, 0.25)]
+    prune(copy.deepcopy(model), Magnitude(), then=steps[:1], folder=tmp_path)
+    key = json.loads((tmp_path / "blocks" / "key.json").read_text())
+    assert key["steps"] == "partial(keep_what_is, share=0.5, measure=linears_of)"
+    with pytest.raises(ValueError, match=r"steps was partial\(.*0\.5, .* and is now partial\(.*0\.25, "):
+        prune(model, Magnitude(), then=steps[1:], folder=tmp_path)
+
+
+def test_a_step_that_no_other_process_would_know_again_is_refused_with_a_folder(tmp_path: Path) -> None:
+    class Plain:
+        def __call__(self, block: Block) -> None:
+            pass
+
+    model = decoder("llama")
+    for step in (Plain(), partial(keep_what_is, measure=Plain())):
+        with pytest.raises(ValueError, match=r"steps is .*Plain object at 0x.* give the object a __repr__ that names"):
+            prune(model, Magnitude(), then=[step], folder=tmp_path)
+    assert not any(tmp_path.iterdir())
+    prune(model, Magnitude(), then=[Plain()])
+
+
 def test_the_model_comes_back_as_it_was_but_for_its_weights() -> None:
     model = decoder("gpt2").train()
     model.lm_head.requires_grad_(False)
@@ -327,15 +364,33 @@ def test_the_hooks_of_a_device_map_stay_and_an_offloaded_model_is_refused() -> N
         (Wanda(pattern="2:4", allocation="owl"), "allocation is 'owl', but the pattern 2:4 fixes"),
         (Wanda(allocation="even"), "allocation is 'even'; expected one of uniform, owl"),
         (Wanda(pattern="diagonal"), "pattern is 'diagonal'; expected layer, row"),
+        (
+            Wanda(allocation="owl", owl_spread=-0.1),
+            "owl_outlier is 5.0 and owl_spread -0.1; expected a positive number",
+        ),
+        (Wanda(allocation="owl", owl_spread=0.5), "owl_outlier is 5.0 and owl_spread 0.5; expected a positive number"),
+        (Wanda(allocation="owl", owl_outlier=0.0), "owl_outlier is 0.0 and owl_spread 0.08; expected a positive"),
+        (
+            SparseGPT(bits=4, bits_group=7),
+            "bits_group is 7, which does not divide the 24 inputs of model.layers.0.self",
+        ),
+        (
+            BESA(bits=4, bits_group=7),
+            "bits_group is 7, which does not divide the 24 inputs of model.layers.0.self_attn",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_changes(method: OneShot, message: str) -> None:
+    """By `prune`, and by `check`, which has no weights to look at."""
     model = decoder("llama")
     before = weights(model)
     with pytest.raises(ValueError) as error:
         prune(model, method, calibration())
     assert str(error.value).startswith(message)
     assert same(weights(model), before)
+    with pytest.raises(ValueError) as error:
+        check(model.to("meta"), method)
+    assert str(error.value).startswith(message)
 
 
 def test_the_sparsity_that_a_refusal_gives_is_accepted() -> None:
@@ -351,8 +406,12 @@ def test_the_sparsity_that_a_refusal_gives_is_accepted() -> None:
         ([], "calibration has 0 batches"),
         (
             [torch.full((1, 8), 61)],
-            "expected token ids [B, T] from 0 to 60, found torch.int64 [1, 8] with values up to 61",
+            "token ids [B, T] from 0 to 60, no batch of them empty, found torch.int64 [1, 8] with values from 61 to 61",
         ),
+        ([torch.full((1, 8), -1)], "with values from -1 to -1; encode the text with the model's own tokenizer"),
+        ([torch.ones(1, 8, dtype=torch.bool)], "expected int64 or int32 token ids [B, T]"),
+        ([torch.ones(1, 8).long(), torch.zeros(0, 8).long()], "no batch of them empty, found torch.int64 [0, 8];"),
+        ([[3, 4, 5]], "found list"),
         ([torch.ones(8, dtype=torch.long)], "found torch.int64 [8]"),
         ([torch.ones(1, 8)], "found torch.float32 [1, 8]"),
         ([torch.ones(1, 65, dtype=torch.long)], "65 tokens, more than the 64 positions"),

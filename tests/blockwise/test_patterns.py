@@ -79,6 +79,7 @@ def test_scores_that_are_no_numbers_are_refused(value: float) -> None:
         ("rows", "pattern is 'rows'; expected layer, row"),
         ("4:4", "0 < N < M"),
         ("0:4", "0 < N < M"),
+        ("128:257", "0 < N < M <= 256"),
         ("2:", "expected layer"),
     ],
 )

@@ -212,8 +212,19 @@ def test_adapters_are_refused(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="model has adapters; fold them"):
-        checkpoint.save(model, None, tmp_path / "packed")
+    for save in (checkpoint.save, checkpoint.save_dense):
+        with pytest.raises(ValueError, match="model has adapters; fold them"):
+            save(model, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_masked_linears_are_not_written_as_dense_ones(tmp_path: Path) -> None:
+    model = llama("0.0")
+    for name, linear in linears(model).items():
+        model.set_submodule(name, MaskedLinear(linear.weight, linear.bias, MaskRule(2, 4)))
+    with pytest.raises(ValueError, match=r"q_proj is still trained under a mask; call AST.finalize\(model\) first"):
+        checkpoint.save_dense(model, None, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
 
 
 def test_lora_trains_on_a_loaded_model(tmp_path: Path) -> None:

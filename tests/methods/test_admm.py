@@ -142,3 +142,5 @@ def test_bad_options_are_refused() -> None:
             ADMM(**options)
     with pytest.raises(ValueError, match="rho is 0; expected a positive number"):
         ALPS(rho=0)
+    with pytest.raises(ValueError, match="closing is 15; expected 1 to 10, the number of iterations"):
+        ADMM(iterations=10)

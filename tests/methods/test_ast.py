@@ -346,6 +346,38 @@ def test_in_a_plain_trainer_with_bf16_autocast(tmp_path: Path) -> None:
     assert is_n_of_m(method.finalize(model).model.layers[1].mlp.down_proj.weight)
 
 
+@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {}], ids=["smoothing", "loss function"])
+def test_a_trainer_with_a_loss_of_its_own_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    """It never asks the model for its loss, so it would train without the teacher and not say so."""
+    method = ast()
+    model = method.prepare(llama())
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, **options)
+    own = None if options else lambda outputs, labels, num_items_in_batch=None: outputs.logits.logsumexp(-1).sum()
+    trainer = Trainer(
+        model, arguments, train_dataset=windows(), callbacks=method.callbacks(), compute_loss_func=own,
+        optimizer_cls_and_kwargs=method.optimizer(arguments),
+    )  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"kl_weight is 0.67, but this Trainer did not take its loss from the model"):
+        trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_hidden_states_of_a_pass_without_a_loss_are_forgotten() -> None:
+    """Else the next evaluation would be told the loss of that pass."""
+    method = ast()
+    model = method.prepare(llama())
+    ids = windows().ids[:4]
+    model.eval()
+    with torch.no_grad():
+        right = model(ids, labels=ids).loss
+        model.train()
+        model.loss_function, own = (lambda **kwargs: None), model.loss_function
+        model(ids, labels=ids)
+        model.loss_function = own
+        assert torch.equal(model.eval()(ids, labels=ids).loss, right)
+
+
 def test_gpt2_whose_weights_lie_the_other_way_round(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=16, n_inner=24))
@@ -374,8 +406,17 @@ def test_gpt2_whose_weights_lie_the_other_way_round(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(options: dict[str, Any], message: str) -> None:
+    model = llama()
+    before = dict(model.named_modules()), model.loss_function
     with pytest.raises(ValueError, match=message):
-        ast(**options).prepare(llama())
+        ast(**options).prepare(model)
+    assert (dict(model.named_modules()), model.loss_function) == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_fp16_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"q_proj is torch.float16, too coarse to be trained; load it in bfloat16"):
+        ast().prepare(llama().half())
 
 
 @pytest.mark.parametrize(
@@ -389,6 +430,7 @@ def test_what_does_not_fit_the_model_is_refused(options: dict[str, Any], message
         ({"refresh": 0}, "refresh is 0"),
         ({"temperature": 0.0}, "temperature is 0"),
         ({"mask": "gradual", "slorb": 8}, "gradual"),
+        ({"slorb_trained": True}, "there is no SLoRB to train"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
@@ -472,3 +514,9 @@ def test_lora_is_trained_on_a_packed_result(tmp_path: Path) -> None:
     assert not torch.allclose(logits(adapted), before, atol=0.01)
     packed = adapted.get_base_model().model.layers[0].mlp.up_proj.base_layer
     assert packed.pattern == (2, 4) and not packed.values.requires_grad
+    trained = logits(adapted)
+    folded = lora.finalize(adapted)  # unpacked first, since zeros and an update do not go together
+    assert type(folded.model.layers[0].mlp.up_proj) is nn.Linear
+    torch.testing.assert_close(logits(folded), trained, rtol=1e-4, atol=1e-4)  # merged: other sums
+    folded.save_pretrained(tmp_path / "folded")
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "folded")), logits(folded))

@@ -289,10 +289,5 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
         BESA(**options)
 
 
-def test_a_group_that_does_not_divide_is_named() -> None:
-    with pytest.raises(ValueError, match=r"bits_group is 7, which does not divide the \d+ inputs of .*q_proj"):
-        run(sparsity=0.5, bits=4, bits_group=7)
-
-
 def test_registered() -> None:
     assert methods.find("besa") is BESA

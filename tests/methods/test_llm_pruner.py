@@ -76,3 +76,11 @@ def test_bad_input() -> None:
             llm_pruner(**options)
     with pytest.raises(ValueError, match="needs token ids"):
         llm_pruner().prepare(tiny("llama"))
+    ids = CALIBRATION[0]
+    for calibration, message in (
+        ([ids, ids[:, :5]], r"calibration: batches of \[5, \d+\] tokens; expected one length"),
+        ([ids[0]], r"calibration: expected int64 or int32 token ids \[B, T\]"),
+        ([ids + 61], "calibration: .* from 0 to 60, "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            llm_pruner().prepare(tiny("llama"), calibration)

@@ -1,4 +1,5 @@
-"""PAT in trainers that are not ours: transformers' and TRL's, with evaluation, autocast and odd accumulation."""
+"""PAT in trainers that are not ours, transformers' and TRL's, with evaluation, autocast and odd accumulation; and what
+methods that prune under way refuse."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from methods.test_pat import FP32, KEPT, logits, pat, prepared, windows
+from methods.test_loraprune import loraprune
+from methods.test_pat import FP32, KEPT, calibration, logits, pat, prepared, windows
+from surgery.tiny_decoders import tiny
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+import pyprune
 from pyprune import PAT
 from pyprune.architectures import describe, unwrap
 from pyprune.data import TokenWindows
@@ -23,7 +27,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     )
 
 
-def run(method: PAT, model: nn.Module, options: TrainingArguments, *before: TrainerCallback, **more: Any) -> Trainer:
+def run(method: Any, model: nn.Module, options: TrainingArguments, *before: TrainerCallback, **more: Any) -> Trainer:
     trainer = Trainer(
         model=model, args=options, train_dataset=windows(), callbacks=[*before, method.callback()], **more
     )
@@ -131,9 +135,45 @@ def test_refuses_what_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         callback.on_train_begin(arguments(tmp_path, fp16=True), TrainerState(max_steps=6), TrainerControl())
     with pytest.raises(ValueError, match="step 1, which leaves none behind it"):
         run(method, model, arguments(tmp_path, max_steps=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingArguments, "n_gpu", 2)
+        with pytest.raises(ValueError, match=r"2 GPUs are visible to one process.*set CUDA_VISIBLE_DEVICES"):
+            method.callback().on_train_begin(arguments(tmp_path), TrainerState(max_steps=6), TrainerControl())
+    sharded = arguments(tmp_path)
+    sharded.fsdp = ["full_shard"]
+    with pytest.raises(ValueError, match="fsdp shards or steps parameters out of reach"):
+        method.callback().on_train_begin(sharded, TrainerState(max_steps=6), TrainerControl())
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     with pytest.raises(ValueError, match=r"2 processes train one model.*use compact=False"):
         method.callback().on_train_begin(arguments(tmp_path), TrainerState(max_steps=6), TrainerControl())
+
+
+@pytest.mark.parametrize("method", [pat("pca"), pat("identity"), loraprune()], ids=["pca", "identity", "loraprune"])
+def test_an_optimizer_that_cannot_follow_is_refused_before_anything_is_cut(method: Any, tmp_path: Path) -> None:
+    """At its first step, when it is known what it keeps, and not at the milestone."""
+    model = method.prepare(tiny("llama", False, torch.float32), calibration())
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            steps.append(state.global_step)
+
+    with pytest.raises(ValueError, match=r"the Trainer's optimizer keeps 'exp_avg_sq_row', which cannot follow"):
+        run(method, model, arguments(tmp_path, optim="adafactor", max_steps=12), Count())
+    assert steps == [0] and {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+
+
+def test_packed_weights_are_refused_before_training() -> None:
+    """They could not be cut at the milestone, and their rows cannot be masked."""
+    model = tiny("llama", False, torch.float32)
+    with torch.no_grad():
+        for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
+            linear.weight[:, ::2] = 0
+    pyprune.sparsify(model, measure=False)
+    for method in (pat("pca"), pat("identity"), loraprune(), pyprune.AST()):
+        with pytest.raises(ValueError, match=r"SparseLinear.*model\.dequantize\(\)"):
+            method.prepare(model, calibration())
 
 
 def test_sft_trainer_of_trl(tmp_path: Path, tiny_llama: Path, tokenizer: Any, prose: str) -> None:

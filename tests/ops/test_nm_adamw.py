@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,6 +100,25 @@ def test_autograd_sees_the_change() -> None:
         ops.nm_adamw_(weight, torch.ones(4, 8), zeros, zeros.clone(), None, **OPTIONS)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4), (2, 3, 4, 5)], ids=str)
+def test_without_a_mask_any_shape_in_any_order_is_changed(shape: tuple[int, ...]) -> None:
+    """Also a parameter whose dimensions lie in another order in memory, as those of a convolution may."""
+    case = Case(1, max(1, math.prod(shape)), torch.float32, False)
+    backwards = range(len(shape))[::-1]
+    laid = [tensor.clone().reshape(shape).permute(tuple(backwards)).contiguous() for tensor in case.tensors]
+    weight, grad, exp_avg, exp_avg_sq = (tensor.permute(tuple(backwards)) for tensor in laid)
+    ops.nm_adamw_(weight, grad.contiguous(), exp_avg, exp_avg_sq, None, **OPTIONS)
+    case.check([tensor.reshape(1, -1) for tensor in (weight, exp_avg, exp_avg_sq)])
+
+
+def test_a_parameter_with_gaps_is_refused() -> None:
+    wide = torch.ones(2, 3, 8)
+    gaps = wide[..., :4]
+    with pytest.raises(ValueError, match="param is changed in place and must be contiguous; its strides are"):
+        ops.nm_adamw_(gaps, torch.ones(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), None, **OPTIONS)
+    assert (wide == 1).all()
 
 
 def test_the_ops_are_registered_as_they_should_be() -> None:

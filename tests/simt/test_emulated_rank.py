@@ -41,6 +41,16 @@ def test_no_rows(launchers: Launchers) -> None:
     assert rank_bucket_grad(launchers, inputs, 100).shape == (0, 101)
 
 
+def test_a_rank_that_no_row_has_stays_inside_the_histogram(launchers: Launchers) -> None:
+    """Its row's sums are wrong, the other rows' are right, and nothing is written past."""
+    inputs = make_inputs(4, 64, torch.float32)
+    right = rank_bucket_grad(launchers, inputs, 100)
+    inputs["rank"] = inputs["rank"].clone()
+    inputs["rank"][3] = 65535
+    found = rank_bucket_grad(launchers, inputs, 100)
+    assert torch.equal(found[:3], right[:3]) and not torch.equal(found[3], right[3])
+
+
 def test_bitwise_the_same_in_every_schedule(emulator: Emulator, launchers: Launchers) -> None:
     inputs = make_inputs(9, 520, torch.bfloat16)
     first = rank_bucket_grad(launchers, inputs, 100)

@@ -252,5 +252,14 @@ def test_bad_input() -> None:
         score(model, BATCHES, "tayler")
     with pytest.raises(ValueError, match=r"batches of \[4, 9\] tokens"):
         score(model, [BATCHES[0], token_ids(1, 4)], "taylor")
+    for batch, message in (
+        (token_ids(1, 9) + 58, r"from 0 to 60, .* found torch\.int64 \[1, 9\] with values from \d+ to \d+; encode"),
+        (token_ids(1, 9)[0], r"expected int64 or int32 token ids \[B, T\] .* found torch\.int64 \[9\]"),
+        (token_ids(1, 9)[:0], r"no batch of them empty, found torch\.int64 \[0, 9\]"),
+        (token_ids(1, 65), "windows of 65 tokens, more than the 64 positions"),
+    ):
+        for criterion in ("activation", "wanda", "taylor", "lora"):
+            with pytest.raises(ValueError, match=f"criterion {criterion}: .*{message}"):
+                score(model, [batch], criterion)
     with pytest.raises(ValueError, match="0 LoRA adapters"):
         lora_scores(describe(model).groups())

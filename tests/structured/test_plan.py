@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from surgery.tiny_decoders import FAMILY_NAMES, logits, relative_error, tiny, token_ids
+from surgery.tiny_decoders import FAMILY_NAMES, WIDTH, logits, relative_error, tiny, token_ids
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -136,6 +137,24 @@ def test_a_plan_is_saved_looked_at_and_applied_later(tmp_path: Path) -> None:
     for name in ("other.json", "missing.json"):
         with pytest.raises(ValueError, match="not a plan that pyprune wrote"):
             Plan.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"hidden": list(range(WIDTH + 1))}, "keep: expected different indices from 0 to"),
+        ({"layers": [0, 5]}, "kept: expected rising indices of blocks, 0 to 1"),
+        ({"block1_channels": [0, 0]}, r"kept\['block1_channels'\]: expected different indices"),
+        ({"block9_heads": [0]}, r"kept: unknown groups \['block9_heads'\]"),
+    ],
+)
+def test_an_edited_plan_that_cannot_be_cuts_nothing(edit: dict[str, list[int]], message: str) -> None:
+    model = tiny("llama")
+    found = made(model, "heads=1,channels=12", round_to=4)
+    before = logits(model)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(found, kept=found.kept | edit).apply(model)
+    assert Widths.of(describe(model)) == found.dense and torch.equal(logits(model), before)
 
 
 def test_depth() -> None:

@@ -71,6 +71,9 @@ def test_covariance_refuses_nothing_and_nan() -> None:
     model = tiny("llama")
     with pytest.raises(ValueError, match="no token"):
         covariance(model, [])
+    for batch in (torch.tensor([[5, 61]]), torch.tensor([5, 6]), {"attention_mask": torch.ones(1, 2)}, [[5, 6]]):
+        with pytest.raises(ValueError, match=r"batches: expected int64 or int32 token ids \[B, T\] from 0 to 60"):
+            covariance(model, [torch.tensor([[5, 6]]), batch])
     model.lm_head.weight.data.fill_(1.0)
     model.model.embed_tokens.weight.data[5] = float("nan")
     with pytest.raises(ValueError, match="not finite"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from trial import STEPS, At, model_of, train, train_in_process
 
 from pyprune.schedules import Schedule
@@ -52,17 +52,19 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 # ---- killed
 
-# A save writes 7 files (adapter, optimizer, scheduler, generators, arguments, trained tensors, marker) and a resumed
-# process first rewrites the metrics, so these fall into the first save, later saves, their markers and between them.
+# A save writes 8 files (marker, adapter, optimizer, scheduler, generators, arguments, trained tensors, marker) and a
+# resumed process first rewrites the metrics, so these fall into the first save, later saves, both their markers, the
+# removal of the oldest, and between them.
 KILLS = {
     "float32": [
         ("step", 2),
         ("file", 1),
-        ("file", 6),
+        ("file", 2),
+        ("file", 7),
         ("step", 5),
-        ("file", 9),
+        ("file", 10),
         ("step", 8),
-        ("file", 16),
+        ("file", 18),
         ("step", 13),
     ],
     "bfloat16": [("file", 2), ("file", 8), ("step", 7), ("file", 5), ("step", 12)],
@@ -180,6 +182,38 @@ def test_a_checkpoint_with_a_file_cut_short_is_not_used(tmp_path: Path) -> None:
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
     assert step_of(latest_checkpoint(tmp_path / "checkpoints")) == 12
     assert_same(train(tmp_path), expected)
+
+
+def test_a_file_that_was_added_to_a_checkpoint_does_no_harm(tmp_path: Path) -> None:
+    expected = train(tmp_path)
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    (newest / ".DS_Store").write_bytes(b"of a file manager")
+    assert latest_checkpoint(tmp_path / "checkpoints") == newest
+    assert_same(train(tmp_path), expected)
+    assert (newest / ".DS_Store").exists()
+
+
+def test_checkpoints_of_something_else_are_left_alone(tmp_path: Path) -> None:
+    """One that would be written over is refused; a folder of another name is not touched."""
+    for name in ("checkpoint-best", "checkpoint-500"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match=r"checkpoint-500 was not written by pyprune.*choose another output_dir"):
+        train(tmp_path)
+    (tmp_path / "checkpoints" / "checkpoint-500").rename(tmp_path / "checkpoint-500")
+    train(tmp_path)
+    assert (tmp_path / "checkpoints" / "checkpoint-best" / "model.safetensors").read_bytes() == b"precious"
+
+
+def test_one_process_trains_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingArguments, "world_size", 2)
+        with pytest.raises(ValueError, match="2 processes were started, and tune works in one"):
+            train(tmp_path)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 4)
+    with pytest.raises(ValueError, match=r"4 GPUs are visible, .*set CUDA_VISIBLE_DEVICES to one of them"):
+        train(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_state_of_another_model_changes_nothing(tmp_path: Path) -> None:
