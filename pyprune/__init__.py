@@ -30,7 +30,10 @@ _EXPORTS = {
     "prune": "blockwise",
     "sparsify": "packing",
 }
-_MODULES = ("info", "modules", "ops", "reference")
+_MODULES = (
+    *("checkpoint", "criteria", "data", "evaluation", "info", "models", "modules", "ops", "plan", "reference"),
+    *("surgery", "training"),
+)
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 

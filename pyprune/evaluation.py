@@ -193,13 +193,22 @@ def speedup(dense: nn.Module, pruned: nn.Module, measured: Mapping[str, Latency]
 
 
 def work(model: nn.Module) -> tuple[int, int]:
-    """(parameters of the blocks, bytes of blocks and head): what one token multiplies with, and what it reads."""
+    """(parameters of the blocks, bytes of blocks and head): what one token multiplies with, and what it reads. A packed
+    weight is expanded for the many tokens of a prefill, so it counts as the dense one."""
     from pyprune.architectures import describe
 
     decoder = describe(model)
     blocks = [parameter for block in decoder.blocks for parameter in block.module.parameters()]
     read = [*blocks, *decoder.head.parameters()]
-    return sum(p.numel() for p in blocks), sum(p.numel() * p.element_size() for p in read)
+    parts = [part for block in decoder.blocks for part in block.module.modules()]
+    return sum(map(_multiplied, parts)), sum(p.numel() * p.element_size() for p in read)
+
+
+def _multiplied(part: nn.Module) -> int:
+    """Parameters of a module itself, without its submodules'."""
+    if isinstance(part, nn.Linear) and part.weight is None:  # packed
+        return part.in_features * part.out_features + (0 if part.bias is None else part.bias.numel())
+    return sum(p.numel() for p in part.parameters(recurse=False))
 
 
 # ------------------------------------------------------------------------------------------------------------ memory

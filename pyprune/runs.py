@@ -195,7 +195,7 @@ class Recipe:
     batch_size: int = option(4, "windows in one forward pass")
     accumulate: int = option(1, "forward passes in one optimiser step")
     window: int = option(256, "tokens in a training window")
-    learning_rate: float = option(1e-3, "peak learning rate")
+    learning_rate: float = option(1e-3, "peak learning rate; about 1e-4 for --method ast, which trains all weights")
     warmup: int = option(10, "steps over which the learning rate rises")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     dtype: str = option("auto", "dtype of the model's weights", choices=["auto", "float32", "bfloat16", "float16"])

@@ -73,6 +73,24 @@ def load_state(model: nn.Module, folder: Path) -> None:
         tensor.copy_(saved[name])
 
 
+def resume_state(model: nn.Module, step: int, resume: Path | None) -> None:
+    """For the beginning of a training at `step`: loads what a Trainer's `resume_from_checkpoint` leaves out, which
+    knows the adapters alone. `resume` is the checkpoint that `prepare` was told of.
+
+    Raises:
+        ValueError: the training goes on from a checkpoint, and `prepare` was told of none, or of another one.
+    """
+    if step == 0:
+        return
+    if resume is None or step_of(resume) != step:
+        told = "without resume" if resume is None else f"with resume={str(resume)!r}"
+        raise ValueError(
+            f"the Trainer goes on from step {step}, but prepare was called {told}; prepare a fresh model with "
+            f"resume=Path(...) of checkpoint-{step}, and give the Trainer the same resume_from_checkpoint"
+        )
+    load_state(model, resume)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first. One is complete when its marker, written last, names files
     that are all there with the sizes that they had."""

@@ -202,6 +202,11 @@ def _input_norms(
 
 def _check_masks(checkpoint: Path, rule: MaskRule | None) -> None:
     """Raises ValueError when a checkpoint has no masks or, given a rule, not those of the rule."""
+    if not (checkpoint / STATE).exists():
+        raise ValueError(
+            f"resume: {checkpoint} has no {STATE}, so training.tune did not write it; a Trainer restores masks and "
+            "moments of its own checkpoints by resume_from_checkpoint alone, leave resume out"
+        )
     with safe_open(checkpoint / STATE, "pt") as file:
         masks = [name for name in file.keys() if name.endswith(".mask")]  # noqa: SIM118 (it is no dictionary)
         if not masks:

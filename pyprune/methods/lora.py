@@ -35,8 +35,18 @@ class LoRA:
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; expected 0 up to, not including, 1")
 
+    def refuse_adapters(self, model: nn.Module) -> None:
+        """Raises ValueError when the model has some."""
+        if hasattr(model, "peft_config"):
+            raise ValueError(
+                "model: it has adapters already; leave out get_peft_model, prepare adds LoRA itself (lora_rank, "
+                "lora_alpha), or fold them first with pyprune.surgery.fold_adapters"
+            )
+
     def adapt(self, model: nn.Module) -> nn.Module:
-        """A PeftModel with adapters on all linears of the blocks; only they are trained."""
+        """A PeftModel with adapters on all linears of the blocks; only they are trained. Raises ValueError when the
+        model has adapters."""
+        self.refuse_adapters(model)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.lora_rank,

@@ -26,7 +26,7 @@ from pyprune.architectures import Decoder, describe, unwrap, weight_of
 from pyprune.methods import option
 from pyprune.methods.lora import LoRA
 from pyprune.schedules import Schedule
-from pyprune.training import carry_moments, check_arguments, check_moments, save_state
+from pyprune.training import carry_moments, check_arguments, check_moments, resume_state, save_state
 
 STRUCTURE = "loraprune.safetensors"  # what `prepare(resume=...)` needs before the trained tensors can be loaded
 CRITERIA = ("lora", "activation")  # those that a training step has all figures of
@@ -114,12 +114,14 @@ class LoRAPrune(Structured):
         Args:
             model: a causal language model of a known family, without adapters; it is changed in place.
             calibration: not needed.
-            resume: a checkpoint folder of a run with this method; its trained values are loaded, by
-                `training.tune` or by `training.load_state`, after this has made the shapes right.
+            resume: a checkpoint folder of a run with this method, from which the Trainer will go on
+                (`resume_from_checkpoint`, or `training.tune`): this makes the shapes right, and its callback loads
+                what it trained.
 
         Raises:
             ValueError: the target cannot be met, or `resume` is of another model or target; nothing was changed.
         """
+        self.refuse_adapters(model)
         groups = describe(model).groups()
         widths, dense = self.widths(model), {g.name: g.count for g in groups}
         if self.milestones and any(surgery.quantised(g.writer.linear) for g in groups):
@@ -132,6 +134,7 @@ class LoRAPrune(Structured):
         removal.remove_groups(model, {name: index for name, index in present.items() if len(index) < dense[name]})
         model = self.adapt(model)
         self._tuning = _Tuning(self, model, dense, final, present)
+        self._tuning.resume = resume
         return model
 
     def callback(self) -> TrainerCallback:
@@ -198,6 +201,7 @@ class _Tuning:
         unwrap(model).add_module("loraprune", self.parts)
         _ignore_in_ddp(model, "loraprune.sentinel")
         self.masks: dict[str, Tensor | None] = dict.fromkeys(dense)
+        self.resume: Path | None = None
         self.squares: dict[str, Tensor] = {}  # of this step's activations
         self.watching = False
         self.hooks = [g.writer.linear.register_forward_pre_hook(self._hook(g.name)) for g in decoder.groups()]
@@ -334,6 +338,7 @@ class _Callback(TrainerCallback):
         options = self.tuning.options
         check_arguments(args, "milestones=0" if options.milestones else None)
         self.schedule, self.events, self.cuts = schedule(options, state.max_steps)
+        resume_state(self.tuning.model, state.global_step, self.tuning.resume)
         self.tuning.renew_masks()  # a resumed run has loaded which groups are masked
 
     def on_step_begin(

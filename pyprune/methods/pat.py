@@ -24,7 +24,7 @@ from pyprune.architectures import Decoder, describe, unwrap, weight_of
 from pyprune.methods import option
 from pyprune.methods.lora import LoRA
 from pyprune.modules import HSM, LearnedSubspace, UnifiedMask
-from pyprune.training import carry_moments, check_arguments, check_moments, save_state
+from pyprune.training import carry_moments, check_arguments, check_moments, resume_state, save_state
 
 STRUCTURE = "pat.safetensors"  # what `prepare(resume=...)` needs before the trained tensors can be loaded
 
@@ -145,8 +145,9 @@ class PAT(Pruning):
         Args:
             model: a causal language model of a known family, without adapters; it is changed in place.
             calibration: token ids, each [B, T]; needed unless the basis is identity.
-            resume: a checkpoint folder of a run with this method; its trained values are loaded, by
-                `training.tune` or by `training.load_state`, after this has made the shapes right.
+            resume: a checkpoint folder of a run with this method, from which the Trainer will go on
+                (`resume_from_checkpoint`, or `training.tune`): this makes the shapes right, and its callback loads
+                what it trained.
 
         Raises:
             ValueError: no calibration, a ratio or width that does not fit, a family that is not known.
@@ -161,6 +162,7 @@ class PAT(Pruning):
             basis.rotate(model, structure["basis"])
         model = self.adapt(model)
         self._tuning = _Tuning(self, model, structure)
+        self._tuning.resume = resume
         return model
 
     def callback(self) -> TrainerCallback:
@@ -216,6 +218,7 @@ class _Tuning:
             writer.register_forward_hook(self._hook(self.hsms.get(name))) for name, writer in decoder.writers().items()
         ]
         self.frozen = False
+        self.resume: Path | None = None
         if "kept" in structure:
             self.freeze(None)
 
@@ -304,6 +307,7 @@ class _Callback(TrainerCallback):
     ) -> None:
         check_arguments(args, "compact=False" if self.tuning.options.compact else None)
         self.milestone = self.tuning.options.check_steps(state.max_steps)
+        resume_state(self.tuning.model, state.global_step, self.tuning.resume)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -164,6 +164,19 @@ def test_limits_are_ratios_of_weights() -> None:
     assert found.decode_limit == pytest.approx((2 * block[16] + 23 * 16) / (2 * block[12] + 23 * 12))
 
 
+def test_packed_weights_save_bytes_and_no_multiplications() -> None:
+    """For a prefill they are expanded."""
+    import pyprune
+
+    dense, packed = llama(64, intermediate_size=128), llama(64, intermediate_size=128)
+    with torch.no_grad():
+        for linear in (module for module in packed.model.layers.modules() if isinstance(module, nn.Linear)):
+            linear.weight[:, ::2] = 0
+    pyprune.sparsify(packed, measure=False)
+    (operations, nbytes), (operations_packed, nbytes_packed) = map(evaluation.work, (dense, packed))
+    assert operations_packed == operations and 1.1 < nbytes / nbytes_packed < 2
+
+
 def test_peak_memory_sees_what_is_gone_again() -> None:
     size = 256 << 20
     with peak_memory() as nothing:

@@ -454,6 +454,9 @@ def test_a_checkpoint_with_masks_of_another_pattern_is_refused(tmp_path: Path) -
     checkpoint = latest_checkpoint(tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint-2: .*\.mask is not 1:4"):
         ast(pattern="1:4").prepare(llama(), resume=checkpoint)
+    (tmp_path / "checkpoint-9").mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint-9 has no trained.safetensors.*leave resume out"):
+        ast().prepare(llama(), resume=tmp_path / "checkpoint-9")
 
 
 def test_another_optimizer_and_fp16_are_refused(tmp_path: Path) -> None:

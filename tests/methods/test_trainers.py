@@ -148,6 +148,41 @@ def test_refuses_what_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         method.callback().on_train_begin(arguments(tmp_path), TrainerState(max_steps=6), TrainerControl())
 
 
+@pytest.mark.parametrize("stop", [2, 8])
+@pytest.mark.parametrize("make", [lambda: pat("pca", lora_dropout=0.1), lambda: loraprune(lora_dropout=0.1)])
+def test_a_plain_trainer_resumes_bit_for_bit(make: Any, stop: int, tmp_path: Path) -> None:
+    """Of the checkpoint it loads the adapters alone; the rest, before and behind PAT's milestone at 4, is the
+    callback's. A model that was not prepared for it is refused."""
+    options = {"save_strategy": "steps", "save_steps": stop, "max_steps": 12}
+    if type(make()).__name__ == "LoRAPrune":
+        options["learning_rate"] = 1e-3
+    checkpoint = tmp_path / f"checkpoint-{stop}"
+
+    def trained(resume: Path | None, go_on: bool) -> dict[str, torch.Tensor]:
+        method = make()
+        model = method.prepare(tiny("llama", False, torch.float32), calibration(), resume)
+        trainer = Trainer(model, arguments(tmp_path, **options), train_dataset=windows(), callbacks=[method.callback()])
+        trainer.train(resume_from_checkpoint=str(checkpoint) if go_on else None)
+        return model.state_dict()
+
+    whole = trained(None, False)
+    resumed = trained(checkpoint, True)
+    assert resumed.keys() == whole.keys()
+    assert [name for name, tensor in resumed.items() if not torch.equal(tensor, whole[name])] == []
+    if stop == 2:  # behind a cut PEFT itself says that the shapes differ
+        with pytest.raises(ValueError, match=r"goes on from step 2, but prepare was called without resume"):
+            trained(None, True)
+
+
+def test_a_model_with_adapters_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    for method in (pat("identity"), loraprune(), pyprune.LoRA()):
+        model = get_peft_model(tiny("llama", False, torch.float32), LoraConfig(r=2, target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match=r"adapters"):
+            method.prepare(model)
+
+
 @pytest.mark.parametrize("method", [pat("pca"), pat("identity"), loraprune()], ids=["pca", "identity", "loraprune"])
 def test_an_optimizer_that_cannot_follow_is_refused_before_anything_is_cut(method: Any, tmp_path: Path) -> None:
     """At its first step, when it is known what it keeps, and not at the milestone."""
