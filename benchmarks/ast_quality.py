@@ -271,7 +271,7 @@ def main() -> None:
     if arguments.table:
         print(tables(read_csv(CSV)))
         return
-    dense, recipe = arguments.model or arguments.out / "dense", from_fields(Recipe, arguments)
+    dense, recipe = arguments.model or arguments.out / "model", from_fields(Recipe, arguments)
     print(conditions(trials.set_threads(arguments)))
     for name in arguments.one or ():
         run(name, dense, recipe, arguments.out / name)
