@@ -547,11 +547,12 @@ def check_sparsity(sparsity: float, pattern: patterns.Pattern, rates: str) -> No
         raise ValueError(f"sparsity is {sparsity}; expected a number between 0 and 1, both excluded")
     if rates not in allocation.NAMES:
         raise ValueError(f"allocation is {rates!r}; expected one of {', '.join(allocation.NAMES)}")
-    if not pattern.grouped:
+    if pattern.sparsity is None:
         return
-    fixed = 1 - pattern.n / pattern.m
-    if abs(sparsity - fixed) > 1e-9:
-        raise ValueError(f"sparsity is {sparsity}, but the pattern {pattern.name} makes it {fixed}; give that")
+    if abs(sparsity - pattern.sparsity) > 1e-9:
+        raise ValueError(
+            f"sparsity is {sparsity}, but the pattern {pattern.name} makes it {pattern.sparsity}; leave it out"
+        )
     if rates != "uniform":
         raise ValueError(f"allocation is {rates!r}, but the pattern {pattern.name} fixes every linear's sparsity")
 

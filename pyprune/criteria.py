@@ -34,6 +34,7 @@ from pyprune.surgery import dense_weight
 Scores = dict[str, Tensor]
 Criterion = Callable[[nn.Module, Sequence[Tensor]], Scores]
 
+WITHOUT_TEXT = ("magnitude", "random")
 ORDERS = {"first": (1.0, 0.0), "second": (0.0, 1.0), "mixed": (1.0, 0.5)}  # of Taylor's: weights of W G and of W h W
 ROWS = 1024  # of a weight's gradient that are in memory at one time
 
@@ -152,8 +153,8 @@ def _forward(decoder: Decoder, batches: Sequence[Tensor], criterion: str) -> Non
 def _require(model: nn.Module, batches: Sequence[Tensor], criterion: str, *, joined: bool = False) -> None:
     if not batches:
         raise ValueError(
-            f"criterion {criterion}: it needs token ids to look at; pass calibration=[ids, ...], each [batch, tokens], "
-            "or choose magnitude or random"
+            f"criterion {criterion}: it reads text, and there is none: give calibration (a FILE; in Python token ids, "
+            f"each [batch, tokens]), or choose {' or '.join(WITHOUT_TEXT)}"
         )
     check_calibration(model, batches, f"criterion {criterion}", joined=joined)
 

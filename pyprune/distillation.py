@@ -146,6 +146,21 @@ def _chunk(z: Tensor, t: Tensor, labels: Tensor, weights: Weights) -> tuple[Tens
     return ce, kl, grad
 
 
+def check_heads(model: Any, teacher: Any) -> list[Any]:
+    """The heads of both, which may be on the meta device. Raises ValueError when their vocabularies differ in size, or
+    one has a bias."""
+    heads = [found.get_output_embeddings() for found in (model, teacher)]
+    sizes = [len(head.weight) for head in heads]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the teacher's vocabulary has {sizes[1]} tokens, the student's {sizes[0]}; distil from a model with the "
+            "same tokenizer"
+        )
+    if any(getattr(head, "bias", None) is not None for head in heads):
+        raise ValueError("distillation: the head has a bias, which is not supported; train with kl_weight=0")
+    return heads
+
+
 class Distillation:
     """Distils into a transformers causal language model while it is trained, whoever calls it, by hooks alone.
 
@@ -163,15 +178,7 @@ class Distillation:
         Raises:
             ValueError: vocabularies of different sizes, or a head with a bias.
         """
-        heads = [found.get_output_embeddings() for found in (model, teacher)]
-        sizes = [len(head.weight) for head in heads]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"the teacher's vocabulary has {sizes[1]} tokens, the student's {sizes[0]}; distil from a model with "
-                "the same tokenizer"
-            )
-        if any(getattr(head, "bias", None) is not None for head in heads):
-            raise ValueError("distillation: the head has a bias, which is not supported; train with kl_weight=0")
+        heads = check_heads(model, teacher)
         self.model, self.head, self.weights = model, heads[0], weights
         self.teacher, self.teacher_stack, self.teacher_head = teacher, teacher_stack, heads[1]
         teacher.requires_grad_(False).eval()

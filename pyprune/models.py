@@ -109,6 +109,10 @@ def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = 
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise _refusal(path, "it cannot be loaded", error) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ModelError(f"model {path}: its weights are not of the shapes in config.json: {error}") from error
     return nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -86,7 +86,8 @@ class Report:
             kind = (layer.name.rpartition(".")[2], layer.shape, layer.format, layer.reason.partition(":")[0])
             kinds.setdefault(kind, []).append(layer)
         lines = [f"{'linear':18} {'shape':>14} {'zeros':>6} {'format':>7} {'dense MB':>9} {'MB':>8}  gain at batch "]
-        lines[0] += f"{self.expected_batch}: by bytes, measured"
+        timed = any(layer.measured_gain is not None for layer in self.layers)
+        lines[0] += f"{self.expected_batch}: by bytes{', measured' if timed else ''}"
         lines += [_line(name, layers) for (name, *_), layers in kinds.items()]
         packed = f"{self.packed} of {len(self.layers)} linears packed"
         return "\n".join([*lines, f"{packed}, {self.dense_bytes / 1e6:.1f} MB -> {self.bytes / 1e6:.1f} MB"])

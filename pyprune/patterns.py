@@ -41,6 +41,11 @@ class Pattern:
         """Whether this is an N:M pattern, which fixes the sparsity."""
         return self.m > 0
 
+    @property
+    def sparsity(self) -> float | None:
+        """What an N:M pattern makes it."""
+        return 1 - self.n / self.m if self.grouped else None
+
     def check(self, name: str, rows: int, columns: int) -> None:
         """Raises ValueError when the pattern does not fit a linear of this shape."""
         if self.grouped and columns % self.m:

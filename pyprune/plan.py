@@ -319,7 +319,16 @@ class _Search:
         return low
 
     def unreachable(self, unit: str) -> str:
-        smallest = self.widths({axis: options[0] for axis, options in self.options.items()})
+        shape: dict[str, int] = {}
+        for axis, options in self.options.items():
+            shape[axis] = next(width for width in options if not self.refusal(self.widths({axis: width})))
+            if shape[axis] == self.full[axis]:
+                why = f": {self.refusal(self.widths({axis: options[-2]}))}" if options[:-1] else ""
+                return (
+                    f"target {unit}={self.target.value:g}: no {axis} below {self.full[axis]} is a multiple of round_to="
+                    f"{self.rules.round_to} and loads in stock code{why}; take a smaller round_to, such as 1"
+                )
+        smallest = self.widths(shape)
         count, dense = self.sizes.count(smallest, unit), self.before(unit)
         skipped = f" with blocks {sorted(self.rules.skip)} left alone" if self.rules.skip else ""
         return (
@@ -497,9 +506,8 @@ class Plan:
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        before, after = self.params
         lines.append(f"hidden size {self.dense.hidden} -> {self.pruned.hidden}")
-        lines.append(f"parameters {before:,} -> {after:,} ({after / before:.4f}); target {self.target}")
+        lines.append(met(self.target, *self.params))
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
@@ -521,6 +529,15 @@ class Plan:
             raise ValueError(
                 f"plan {path}: not a plan that pyprune wrote ({error}); make one with Plan.save"
             ) from error
+
+
+def met(target: str, before: int, after: int) -> str:
+    """A line for a target and the parameters before and after; one that was met by much less says why."""
+    line = f"parameters {before:,} -> {after:,} ({after / before:.4f}); target {target}"
+    wanted = Target.parse(target)
+    if wanted.kind == "params" and after < 0.98 * wanted.limit(before):
+        line += ", met by less because widths come in steps; a smaller round_to or other axes come closer"
+    return line
 
 
 def make(
@@ -607,7 +624,10 @@ def best(scores: Tensor, count: int) -> list[int]:
 def _scores_of(scores: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in scores:
         known = ", ".join(list(scores)[:3])
-        raise ValueError(f"scores: none for {name}, which the target shrinks; there are some for {known} ...")
+        raise ValueError(
+            f"scores: none for {name}, which the target shrinks; there are some for {known} ... (of pyprune's criteria "
+            "activation and random score all axes, the others heads and channels)"
+        )
     return scores[name]
 
 

@@ -34,7 +34,7 @@ from pyprune import checkpoint, evaluation, surgery
 from pyprune.architectures import describe, describe_blocks, size_of
 from pyprune.data import Corpus, DataError, TokenStream, encode
 from pyprune.info import processor, version_of
-from pyprune.methods import Method, like, option
+from pyprune.methods import LEARNING_RATE, Method, like, option
 from pyprune.models import open_model, open_skeleton, open_tokenizer
 from pyprune.plan import Widths
 from pyprune.training import Tuned, latest_checkpoint, tune, write_atomically
@@ -84,15 +84,16 @@ def open_run(
     """A run in `folder`, new or resumed. `config` is what defines the result; it is kept in config.json. Each time, a
     line of commands.jsonl says when, by which `command` (words; None: from Python), and with which versions.
 
-    Raises RunError when the folder is not empty and `resume` was not asked for, is no run folder, belongs to a run
-    with another configuration (the first key that differs is named), or is in use by another process.
+    Raises RunError when the folder is not empty and `resume` was not asked for (what a run left that failed before its
+    first result does not count), is no run folder, belongs to a run with another configuration (the first key that
+    differs is named), or is in use by another process.
     """
     folder = Path(folder)
     check_folder(folder, config, resume)
     for sub in ("stages", "checkpoints"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
     with _locked(folder / ".lock"):
-        if not (folder / "config.json").exists():
+        if not resume or not (folder / "config.json").exists():
             write_json(folder / "config.json", config)
         _note_command(folder / "commands.jsonl", command)
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
@@ -115,7 +116,7 @@ def check_folder(folder: Path, config: dict[str, Any], resume: bool) -> None:
     """Raises RunError when a run of this configuration cannot begin or go on in `folder`; changes nothing."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--out {folder} is a file; name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()) or (not resume and _is_void(folder)):
         return
     if not resume:
         raise RunError(f"--out {folder} is not empty; continue it with --resume, or name another folder")
@@ -131,6 +132,15 @@ def check_folder(folder: Path, config: dict[str, Any], resume: bool) -> None:
                 f"--resume: {key} was {before.get(key)!r} and is now {now.get(key)!r}; resume {folder} with the same "
                 "options, or name another folder"
             )
+
+
+def _is_void(folder: Path) -> bool:
+    """Whether all that is in a folder is the beginning of a run without a result, which another may write over."""
+    begun, empty = {"config.json", "commands.jsonl"}, {"log.txt", ".lock", ".config.json.partial"}
+    subfolders = {"stages", "checkpoints"}
+    if not begun <= {entry.name for entry in folder.iterdir()} <= begun | empty | subfolders:
+        return False
+    return not any(path.is_file() for name in subfolders for path in (folder / name).rglob("*"))
 
 
 def _note_command(path: Path, command: Sequence[str] | None) -> None:
@@ -195,7 +205,9 @@ class Recipe:
     batch_size: int = option(4, "windows in one forward pass")
     accumulate: int = option(1, "forward passes in one optimiser step")
     window: int = option(256, "tokens in a training window")
-    learning_rate: float = option(1e-3, "peak learning rate; about 1e-4 for --method ast, which trains all weights")
+    learning_rate: float | None = option(
+        None, "peak learning rate (default: the method's own, 1e-3 for LoRA, 1e-4 where all weights are trained)"
+    )
     warmup: int = option(10, "steps over which the learning rate rises")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     dtype: str = option("auto", "dtype of the model's weights", choices=["auto", "float32", "bfloat16", "float16"])
@@ -225,7 +237,7 @@ class Recipe:
         for name in ("window", "eval_window", "eval_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 2:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 2")
-        if self.learning_rate <= 0:
+        if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected a positive number")
 
 
@@ -374,7 +386,9 @@ class Experiment:
             folder,
             steps=r.steps,
             batch_size=r.batch_size,
-            learning_rate=r.learning_rate,
+            learning_rate=getattr(method, "learning_rate", LEARNING_RATE)
+            if r.learning_rate is None
+            else r.learning_rate,
             callbacks=method.callbacks(),
             optimizer=getattr(method, "optimizer", None),
             gradient_checkpointing=r.gradient_checkpointing,

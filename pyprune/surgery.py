@@ -435,7 +435,8 @@ def stock_refusal(decoder: Decoder, **fields: int) -> str | None:
         type(config).from_dict(config.to_dict() | {"head_dim": decoder.head_dim} | fields)
     except Exception as error:  # huggingface_hub's strict dataclasses have exception types of their own
         sizes = " and ".join(f"{name} {value}" for name, value in (fields | {"head_dim": decoder.head_dim}).items())
-        return f"{type(config).__name__} does not accept {sizes}, so no stock checkpoint of this shape exists: {error}"
+        reason = " ".join(str(error).split()).rstrip(".")
+        return f"{type(config).__name__} does not accept {sizes}, so no stock checkpoint of this shape exists: {reason}"
     return None
 
 

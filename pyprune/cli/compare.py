@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from typing import Any
 
 from pyprune.cli import prune
@@ -23,7 +24,7 @@ def options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         metavar="LIST",
         help=f"separated by commas, of {', '.join(ONE_SHOT)} (default: magnitude,wanda,sparsegpt)",
     )
-    parser.add_argument("--sparsity", type=float, default=0.5, metavar="X", help="share of weights to remove")
+    parser.add_argument("--sparsity", type=float, metavar="X", help="as of pyprune prune (default: the same)")
     parser.add_argument("--pattern", metavar="TEXT", help="as of pyprune prune (default: each method's own)")
     add_fields(parser, Recipe)
 
@@ -59,7 +60,7 @@ def _methods(args: argparse.Namespace) -> dict[str, Any]:
     for name in names:
         if name not in ONE_SHOT:
             raise ValueError(f"--methods {args.methods}: {name!r} is unknown; expected some of {', '.join(ONE_SHOT)}")
-    shared = {"sparsity": args.sparsity} | ({} if args.pattern is None else {"pattern": args.pattern})
+    shared = {key: getattr(args, key) for key in ("sparsity", "pattern") if getattr(args, key) is not None}
     return {name: find(name)(**shared) for name in names}
 
 
@@ -70,17 +71,18 @@ def show(summary: dict[str, Any]) -> None:
     table = Table(title=f"one-shot pruning: {summary['dense_model']}", title_justify="left")
     for column in ("", "sparsity", "perplexity", "MB", "decode tokens/s", "decode", "seconds to prune"):
         table.add_column(column, justify="right" if column else "left")
-    dense = summary["dense"]
-    table.add_row("dense", "0", f"{dense['perplexity']:.2f}", f"{dense['bytes'] / 1e6:,.1f}", "", "1.00x", "")
-    for row in summary["methods"]:
+    methods = summary["methods"]
+    dense_speed = statistics.median(row["tokens_per_second"] / row["decode_speedup"] for row in methods)
+    dense = {"method": "dense", "sparsity": 0.0, "tokens_per_second": dense_speed, "decode_speedup": 1.0}
+    for row in (dense | summary["dense"], *methods):
         table.add_row(
             row["method"],
             f"{row['sparsity']:.3%}",
             f"{row['perplexity']:,.2f}",
             f"{row['bytes'] / 1e6:,.1f}",
-            f"{row['tokens_per_second']:.1f}",
+            f"{row['tokens_per_second']:,.1f}",
             f"{row['decode_speedup']:.2f}x",
-            f"{row['seconds']:.0f}",
+            f"{row['seconds']:,.0f}" if "seconds" in row else "",
         )
     evaluation, console = summary["evaluation"], Console()
     console.print(table)

@@ -50,6 +50,8 @@ def show(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from pyprune.plan import met
+
     table = Table(title=f"{summary['method']}: {summary['dense_model']}", title_justify="left")
     for column in ("", "dense", summary["method"]):
         table.add_column(column, justify="left" if not column else "right")
@@ -65,6 +67,8 @@ def show(summary: dict[str, Any]) -> None:
         table.add_row(f"{side} (limit {limit:.2f}x)", "1.00x", f"{summary[f'{side}_speedup']:.2f}x")
     evaluation, console = summary["evaluation"], Console()
     console.print(table)
+    if summary["target"] is not None:
+        console.print(met(summary["target"], summary["params_dense"], summary["params_pruned"]), highlight=False)
     console.print(
         f"Perplexity on {evaluation['tokens']:,} held-out tokens, window {evaluation['window']}, stride "
         f"{evaluation['stride']}: {summary['data']['text']}. {summary['tokens_trained']:,} tokens trained in "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from typing import Any
 
 HELP = "continue a prompt; tokens per second and memory"
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             **prompt.to(model.device),
             max_new_tokens=args.tokens,
             streamer=stream,
+            logits_processor=[partial(_check, args.model)],
             pad_token_id=_padding(tokenizer),
             **sampling,
         )
@@ -68,6 +70,15 @@ def show(result: dict[str, Any]) -> None:
         f"{result['weight_bytes'] / 1e6:,.0f} MB{peak}",
         file=sys.stderr,
     )
+
+
+def _check(model: str, ids: Any, scores: Any) -> Any:
+    """A logits processor. Without it, the text of a broken model is silence."""
+    from pyprune.models import ModelError
+
+    if not scores.isfinite().all():
+        raise ModelError(f"model {model}: its logits are not finite; look for NaN and infinity in its weights")
+    return scores
 
 
 def _encode(tokenizer: Any, text: str, chat: bool) -> Any:

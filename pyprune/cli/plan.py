@@ -68,7 +68,7 @@ def _text(path: Path | None) -> str | None:
 
 def _make(args: argparse.Namespace) -> Any:
     from pyprune import models, plan
-    from pyprune.criteria import score
+    from pyprune.criteria import WITHOUT_TEXT, score
 
     try:
         skip = tuple(int(number) for number in args.skip.split(",") if number)
@@ -76,6 +76,10 @@ def _make(args: argparse.Namespace) -> Any:
         raise ValueError(f"--skip {args.skip}: expected numbers of blocks separated by commas, as 0,1,29") from None
     rules = plan.Rules(tuple(args.axes.split(",")), args.uniform, args.round_to, skip)
     plan.Target.parse(args.target)  # what can be wrong is said before anything large is read
+    if args.calibration is None and args.criterion not in WITHOUT_TEXT:
+        raise ValueError(
+            f"--criterion {args.criterion} reads text: give --calibration FILE, or choose {' or '.join(WITHOUT_TEXT)}"
+        )
     batches = _batches(args)
     model = models.open_model(args.model, args.dtype, args.trust_remote_code)
     return plan.make(model, args.target, score(model, batches, args.criterion), rules, ranking=args.ranking)

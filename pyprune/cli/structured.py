@@ -97,9 +97,10 @@ def _measure(args: argparse.Namespace, run: Any) -> dict[str, Any]:
 
 def show(summary: dict[str, Any]) -> None:
     """What is left, and its perplexity."""
-    dense, pruned = summary["params_dense"], summary["params_pruned"]
+    from pyprune.plan import met
+
     widths = ", ".join(f"{axis} {count}" for axis, count in summary["widths"].items())
-    print(f"{summary['method']}: {dense:,} -> {pruned:,} parameters ({pruned / dense:.4f}); {widths}")
+    print(f"{summary['method']}: {met(summary['target'], summary['params_dense'], summary['params_pruned'])}; {widths}")
     if "ppl_pruned" in summary:
         print(
             f"perplexity {summary['ppl_dense']:.2f} dense, {summary['ppl_pruned']:.2f} pruned, on "

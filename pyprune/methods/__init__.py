@@ -25,13 +25,14 @@ class Method(Protocol):
 
     A method may also have `check(model)`, which gets the model without its weights (on the meta device) and raises
     ValueError for options that do not fit its shapes, `check_steps(steps)`, which does so for a training that is too
-    short, and `optimizer(training_arguments)`, which returns the class of an optimiser and its arguments, as
-    `Trainer(optimizer_cls_and_kwargs=...)` takes them. Where `sparse` is True, the result has zeros instead of smaller
-    shapes, and a run writes it packed too.
+    short, `optimizer(training_arguments)`, which returns the class of an optimiser and its arguments, as
+    `Trainer(optimizer_cls_and_kwargs=...)` takes them, and `learning_rate`, the peak of a run that is told none
+    (`LEARNING_RATE` without it). Where `sparse` is True, the result has zeros instead of smaller shapes, and a run
+    writes it packed too.
     """
 
     def prepare(
-        self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: Path | None = None
+        self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: str | Path | None = None
     ) -> nn.Module:
         """The model to train, with what is trained requiring gradients. `calibration`: token ids, each [B, T].
         `resume`: a checkpoint of `training.tune`; the model must come back with the trained parameters, by name and
@@ -46,6 +47,8 @@ class Method(Protocol):
         """The trained model as an ordinary one of a stock architecture."""
         ...
 
+
+LEARNING_RATE = 1e-3  # suits LoRA
 
 REGISTRY = {
     "pat": "pyprune.methods.pat:PAT",

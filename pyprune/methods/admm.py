@@ -31,6 +31,7 @@ class Splitting(OneShot, ABC):
     iterations: int = option(20, "iterations of the solver at most")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.damping > 0 and self.refine >= 0 and self.iterations > 0):
             raise ValueError(
                 f"damping is {self.damping}, refine {self.refine}, iterations {self.iterations}; expected a positive "

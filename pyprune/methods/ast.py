@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -20,10 +20,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pyprune.architectures import Linear, describe_blocks
 from pyprune.calibration import InputNorm, check_calibration
-from pyprune.distillation import Distillation, Weights
+from pyprune.distillation import Distillation, Weights, check_heads
 from pyprune.masked import MaskedLinear, MaskRule, is_sharded
 from pyprune.methods import option
-from pyprune.models import open_model
+from pyprune.models import open_model, open_skeleton
 from pyprune.optim import MaskedAdamW
 from pyprune.packing import sparsify
 from pyprune.reference.bits import count_flips, pack_bits, unpack_bits
@@ -97,10 +97,11 @@ class AST:
         self._tuning: _Tuning | None = None
 
     sparse = True  # the result is worth packing
+    learning_rate: ClassVar[float] = 1e-4  # all weights are trained
 
     def check(self, model: nn.Module) -> None:
-        """Raises ValueError when the pattern or SLoRB's blocks do not divide a weight, or when it is fp16; `model` may
-        be on the meta device."""
+        """Raises ValueError when the pattern or SLoRB's blocks do not divide a weight, when it is fp16, or when the
+        teacher has another vocabulary; `model` may be on the meta device."""
         for name, linear in _linears(model).items():
             outputs, inputs = linear.matrix.shape
             if linear.matrix.dtype == torch.float16:
@@ -110,9 +111,11 @@ class AST:
                 raise ValueError(f"slorb is {self.slorb}; expected a divisor of the {inputs} inputs of {name}")
             if self.slorb is not None and linear.transposed:
                 raise ValueError(f"slorb: {name} is a Conv1D, beside which it is not supported; leave it out")
+        if self.kl_weight > 0 and self.teacher is not None:
+            check_heads(model, open_skeleton(self.teacher))
 
     def prepare(
-        self, model: nn.Module, calibration: Sequence[Tensor] | None = None, resume: Path | None = None
+        self, model: nn.Module, calibration: Sequence[Tensor] | None = None, resume: str | Path | None = None
     ) -> nn.Module:
         """The same model with masked linears, all of it trained, and a teacher beside it.
 
@@ -128,7 +131,7 @@ class AST:
         """
         self.check(model)
         if resume is not None:
-            _check_masks(resume, self.rule if self.mask != "gradual" else None)
+            _check_masks(Path(resume), self.rule if self.mask != "gradual" else None)
         self._tuning = _Tuning(self, model, calibration)
         return model
 

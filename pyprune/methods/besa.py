@@ -50,6 +50,7 @@ class BESA(OneShot):
     clipping_rate: float = option(0.01, "Adam's step on the clipping")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pattern != "layer":
             raise ValueError(
                 f"pattern is {self.pattern!r}, but BESA learns how much every row loses; use the pattern layer, or "

@@ -50,7 +50,7 @@ class LLMPruner(Structured):
         return self._plan.apply(model)
 
     def prepare(
-        self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: Path | None = None
+        self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: str | Path | None = None
     ) -> nn.Module:
         """The cut model with LoRA. A resumed run makes the cut that its checkpoint names.
 
@@ -60,7 +60,7 @@ class LLMPruner(Structured):
         """
         if resume is None:
             return self.adapt(self.cut(model, calibration))
-        self._plan = plan.Plan.load(resume / PLAN)
+        self._plan = plan.Plan.load(Path(resume) / PLAN)
         if self._plan.pruned != self.widths(model):
             raise ValueError(
                 f"{resume} is of a run with another target, {self._plan.target}, or another model; resume with the "

@@ -58,7 +58,7 @@ class LoRA:
         return get_peft_model(model, config)
 
     def prepare(
-        self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: Path | None = None
+        self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: str | Path | None = None
     ) -> nn.Module:
         """The model with adapters; neither calibration nor a checkpoint changes what they look like."""
         return self.adapt(model)

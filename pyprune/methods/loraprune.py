@@ -106,8 +106,12 @@ class LoRAPrune(Structured):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
         self._tuning: _Tuning | None = None
 
+    def check_steps(self, steps: int) -> None:
+        """Raises ValueError when a training of so many steps has none to prune in."""
+        schedule(self, steps)
+
     def prepare(
-        self, model: nn.Module, calibration: Sequence[Tensor] | None = None, resume: Path | None = None
+        self, model: nn.Module, calibration: Sequence[Tensor] | None = None, resume: str | Path | None = None
     ) -> nn.Module:
         """Adds LoRA to every linear of the blocks, and hooks that mask heads and channels.
 
@@ -130,6 +134,7 @@ class LoRAPrune(Structured):
                 "training; use milestones=0: they are dequantised and cut when all is trained"
             )
         final = {g.name: getattr(widths, g.axis)[g.block] for g in groups}
+        resume = Path(resume) if resume else None
         present = _resumed(resume, dense, final) if resume else {name: torch.arange(n) for name, n in dense.items()}
         removal.remove_groups(model, {name: index for name, index in present.items() if len(index) < dense[name]})
         model = self.adapt(model)

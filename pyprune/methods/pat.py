@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -79,6 +80,14 @@ def principal_axes(model: nn.Module, calibration: Sequence[Tensor] | None) -> Te
     return basis.pca(basis.covariance(model, calibration))
 
 
+def _structure(checkpoint: Path) -> dict[str, Tensor]:
+    """What PAT wrote to a checkpoint. Raises ValueError when it is none of PAT's."""
+    try:
+        return load_file(checkpoint / STRUCTURE)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint} is not a checkpoint of PAT: {error}") from error
+
+
 @dataclass
 class PAT(Pruning):
     """Pruning-aware tuning; satisfies `Method`.
@@ -138,7 +147,7 @@ class PAT(Pruning):
         return milestone
 
     def prepare(
-        self, model: nn.Module, calibration: Sequence[Tensor] | None = None, resume: Path | None = None
+        self, model: nn.Module, calibration: Sequence[Tensor] | None = None, resume: str | Path | None = None
     ) -> nn.Module:
         """Folds the basis into the weights, adds LoRA, HSMs and the mask, all by hooks on the stock model.
 
@@ -155,7 +164,8 @@ class PAT(Pruning):
         self.check(model)
         if self.compact:
             surgery.refuse_what_cannot_be_cut(surgery.residual_layers(describe(model)), "PAT with compact")
-        structure = load_file(resume / STRUCTURE) if resume else {}
+        resume = Path(resume) if resume else None
+        structure = _structure(resume) if resume else {}
         if self.basis != "identity":
             if resume is None:
                 structure["basis"] = principal_axes(model, calibration)

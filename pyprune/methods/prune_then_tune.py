@@ -29,7 +29,7 @@ class PruneThenTune(Pruning):
     )
 
     def prepare(
-        self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: Path | None = None
+        self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: str | Path | None = None
     ) -> nn.Module:
         """The cut model with LoRA. A resumed run makes the same cut again from the same calibration."""
         self.check(model)

@@ -7,7 +7,6 @@ the result is a checkpoint of a stock architecture. The rotation unties a tied h
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ class SliceGPT(LoRA):
     def hidden_size(self, model: nn.Module) -> int:
         """The hidden size that meets the target; the head counts as untied. Raises ValueError when there is none."""
         decoder, wanted = describe(model), plan.Target.parse(self.target)
-        rules = plan.Rules(("hidden",), round_to=math.lcm(self.round_to, decoder.width_multiple))
+        rules = plan.Rules(("hidden",), round_to=self.round_to)
         return plan.widths_for(decoder, wanted, rules, untied=True).hidden
 
     def check(self, model: nn.Module) -> None:
@@ -55,7 +54,7 @@ class SliceGPT(LoRA):
         return surgery.slice_hidden(model, range(kept))
 
     def prepare(
-        self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: Path | None = None
+        self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: str | Path | None = None
     ) -> nn.Module:
         """The cut model with LoRA. A resumed run makes the same cut again from the same calibration."""
         return self.adapt(self.cut(model, calibration))

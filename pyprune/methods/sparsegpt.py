@@ -29,6 +29,7 @@ class SparseGPT(OneShot):
     bits_group: int = option(128, "inputs that share one scale of the rounding (0: all of a row)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pattern == "row":
             raise ValueError("pattern is 'row', but SparseGPT counts in slabs of columns; choose layer or balanced")
         if patterns.parse(self.pattern).m > MAX_GROUP:

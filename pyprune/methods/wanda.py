@@ -21,6 +21,7 @@ class Wanda(OneShot):
     variant: bool = option(False, "remove in every row what makes up the same share of the row's sum of scores")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.variant and self.pattern != "row":
             raise ValueError(f"variant chooses its own count for each row; it takes no pattern {self.pattern!r}")
 

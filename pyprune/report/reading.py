@@ -164,6 +164,8 @@ def _refusal(folder: Path) -> str | None:
         inner = sorted(path.parent.name for path in folder.glob("*/config.json") if (path.parent / "stages").exists())
         hint = f"; it holds the run folders {', '.join(inner[:5])}: name those" if inner else ""
         return f"is no run folder (neither config.json, summary.json, metrics.jsonl nor stages/){clean(hint)}"
+    if any(folder.glob("*.safetensors")):
+        return f"is a model, not a run; name the run folder, what --out was (perhaps {clean(folder.parent)})"
     return None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyprune import patterns
 from pyprune.architectures import describe_blocks
 from pyprune.blockwise import Block, Gram, InputNorm, PruningError, check, check_sparsity, linears_of, prune
+from pyprune.methods import ONE_SHOT, find
 from pyprune.methods.besa import BESA
 from pyprune.methods.magnitude import Magnitude
 from pyprune.methods.oneshot import OneShot
@@ -363,7 +364,7 @@ def test_the_hooks_of_a_device_map_stay_and_an_offloaded_model_is_refused() -> N
         (Wanda(pattern="2:4", sparsity=0.6), "sparsity is 0.6, but the pattern 2:4 makes it 0.5"),
         (Wanda(pattern="2:4", allocation="owl"), "allocation is 'owl', but the pattern 2:4 fixes"),
         (Wanda(allocation="even"), "allocation is 'even'; expected one of uniform, owl"),
-        (Wanda(pattern="diagonal"), "pattern is 'diagonal'; expected layer, row"),
+        (Wanda(pattern="diagonal", sparsity=0.5), "pattern is 'diagonal'; expected layer, row"),
         (
             Wanda(allocation="owl", owl_spread=-0.1),
             "owl_outlier is 5.0 and owl_spread -0.1; expected a positive number",
@@ -393,11 +394,13 @@ def test_options_that_do_not_fit_are_refused_before_anything_changes(method: One
     assert str(error.value).startswith(message)
 
 
-def test_the_sparsity_that_a_refusal_gives_is_accepted() -> None:
-    sevenths = patterns.parse("3:7")
-    with pytest.raises(ValueError, match="the pattern 3:7 makes it") as error:
-        check_sparsity(0.571429, sevenths, "uniform")
-    check_sparsity(float(str(error.value).split()[-3].rstrip(";")), sevenths, "uniform")
+@pytest.mark.parametrize("method", [find(name) for name in ONE_SHOT if name != "besa"])
+def test_the_sparsity_that_is_left_out_is_what_the_pattern_makes_it(method: type[OneShot]) -> None:
+    assert method().sparsity == 0.5
+    assert method(pattern="1:4").sparsity == 0.75
+    check_sparsity(method(pattern="3:7").sparsity, patterns.parse("3:7"), "uniform")
+    with pytest.raises(ValueError, match=r"the pattern 3:7 makes it 0\.571428\d+; leave it out"):
+        check_sparsity(0.571429, patterns.parse("3:7"), "uniform")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from pyprune import methods
 from pyprune.cli import fields, main
 from pyprune.cli.log import log_to_stderr
 from pyprune.models import open_model
-from pyprune.runs import Recipe
+from pyprune.runs import Experiment, Recipe
 
 SUMMARY = {
     *("method", "ratio_requested", "ratio_achieved", "params_dense", "params_pruned", "block_params_dense"),
@@ -147,6 +147,11 @@ def test_bad_models_are_refused_and_nothing_written(
     gpt2 = model("gpt2", "model.safetensors")
     (gpt2 / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2}))
     assert "LayerNorm" in refused(capsys, *tune(gpt2, text, out))
+    edited = tmp_path / "edited"
+    shutil.copytree(tiny_llama, edited)
+    config = json.loads((edited / "config.json").read_text())
+    (edited / "config.json").write_text(json.dumps(config | {"intermediate_size": 2 * config["intermediate_size"]}))
+    assert "not of the shapes in config.json" in refused(capsys, "eval", str(edited), "--text", str(text))
     (gpt2 / "config.json").write_text(json.dumps({"model_type": "new", "auto_map": {"AutoConfig": "code.Config"}}))
     assert "brings code of its own" in refused(capsys, *tune(gpt2, text, out))
     assert not out.exists()
@@ -160,6 +165,10 @@ def test_bad_models_are_refused_and_nothing_written(
         ("--steps 0", "steps is 0; expected at least 1"),
         ("--window 1", "window is 1; expected at least 2"),
         ("--method pat --round-to 8 --steps 1", "milestone 0.333333 of steps=1 is step 1, which leaves none behind it"),
+        (
+            "--method loraprune --target params=0.8 --round-to 4 --steps 1",
+            "1 steps leave none to prune in behind 1 of warm-up",
+        ),
         ("--learning-rate -1", "learning_rate is -1.0; expected a positive"),
         ("--batch-size 9999", "fewer than batch_size=9999"),
         ("--baselines lora,wanda", "'wanda' is unknown; expected lora"),
@@ -181,6 +190,33 @@ def test_folders_that_are_not_this_run_are_refused_untouched(
     assert "is not a run folder" in refused(capsys, *tune(tiny_llama, text, tmp_path / "thesis", "--resume"))
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
     assert "is a file; name a folder" in refused(capsys, *tune(tiny_llama, text, tmp_path / "thesis" / "chapter.txt"))
+
+
+def test_a_run_that_failed_before_its_first_result_does_not_block_its_folder(
+    tmp_path: Path, tiny_llama: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def fail(experiment: Experiment) -> None:
+        raise ValueError("no luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Experiment, "_measure_dense", fail)
+        assert "no luck" in refused(capsys, *tune(tiny_llama, text, out))
+    assert main(tune(tiny_llama, text, out, "--steps", "2", "--warmup", "1")) == 0
+    assert json.loads((out / "config.json").read_text())["steps"] == 2
+    log = (out / "log.txt").read_text()
+    assert "no luck" in log and "lora: done" in log
+    assert "is not empty; continue it with --resume" in refused(capsys, *tune(tiny_llama, text, out))
+    for result in ("summary.json", "metrics.jsonl", "stages/dense.json", "checkpoints/lora/x", "blocks", "my.txt"):
+        begun = tmp_path / result.replace("/", "-")
+        (begun / result).parent.mkdir(parents=True)
+        for name in ("config.json", "commands.jsonl", result):
+            (begun / name).write_text("{}")
+        assert "is not empty; continue it with --resume" in refused(capsys, *tune(tiny_llama, text, begun)), result
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text("{}")  # of a model, perhaps
+    assert "is not empty" in refused(capsys, *tune(tiny_llama, text, tmp_path / "foreign"))
 
 
 # ---- runs

@@ -98,6 +98,19 @@ def test_export_reports_and_goes_back(
     assert (tmp_path / "dense" / "tokenizer.json").exists()
 
 
+def test_a_model_whose_logits_are_not_finite_is_named(
+    capsys: pytest.CaptureFixture[str], tiny_llama: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for more in ((), ("--temperature", "1")):
+        message = refused(capsys, "generate", str(tmp_path), "--prompt", "a", *more)
+        assert f"model {tmp_path}: its logits are not finite" in message
+
+
 def test_bad_input_is_refused(capsys: pytest.CaptureFixture[str], packed: Path, tmp_path: Path) -> None:
     run = ("generate", str(packed), "--prompt")
     assert "--prompt is empty" in refused(capsys, *run, " ")

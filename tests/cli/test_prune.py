@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def test_compare_writes_one_table_and_one_picture(
     assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"
     table = cli.compare.show(summary) or capsys.readouterr().out
     assert "magnitude" in table and "639 held-out tokens" in table
+    speeds = [row["tokens_per_second"] / row["decode_speedup"] for row in summary["methods"]]
+    assert f"{statistics.median(speeds):,.1f}" in next(line for line in table.splitlines() if "dense" in line)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pyprune.cli import main
 from pyprune.modules import SparseLinear
+from pyprune.training import read_metrics
 
 QUICK = (
     "--method ast --baselines none --steps 6 --window 32 --batch-size 2 --save-every 2 --refresh 2 --eval-window 64 "
@@ -50,3 +51,23 @@ def test_a_pattern_that_does_not_fit_is_refused_before_anything_is_read(
     assert main([*arguments, *QUICK.split(), "--pattern", "2:5"]) == 2
     assert "the pattern 2:5 needs the inputs to be a multiple of 5" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_each_method_has_a_learning_rate_of_its_own(
+    tmp_path: Path, tiny_llama: Path, prose: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The peak, without warm-up, is that of the first step."""
+    text = tmp_path / "prose.txt"
+    text.write_text(prose)
+    quick = QUICK.replace("--learning-rate 0.01 ", "").replace("--baselines none", "--baselines lora")
+    common = ["tune", str(tiny_llama), "--data", str(text), *quick.split(), "--steps", "2", "--refresh", "1"]
+    for options, peaks in (
+        ([], {"lora": 1e-3, "ast": 1e-4}),
+        (["--learning-rate", "0.02"], {"lora": 0.02, "ast": 0.02}),
+    ):
+        out = tmp_path / f"run{len(options)}"
+        assert main([*common, "--out", str(out), *options]) == 0
+        first = {
+            line["stage"]: line["learning_rate"] for line in read_metrics(out / "metrics.jsonl") if line["step"] == 1
+        }
+        assert first == pytest.approx(peaks)

@@ -446,6 +446,8 @@ def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     ast(teacher=str(tmp_path / "same")).prepare(llama())  # another width is fine
     with pytest.raises(ValueError, match="vocabulary has 32 tokens, the student's 61"):
         ast(teacher=str(tmp_path / "other")).prepare(llama())
+    with pytest.raises(ValueError, match="vocabulary has 32 tokens, the student's 61"):  # before a baseline is trained
+        ast(teacher=str(tmp_path / "other")).check(llama().to("meta"))
 
 
 def test_a_checkpoint_with_masks_of_another_pattern_is_refused(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             llm_pruner(**options)
-    with pytest.raises(ValueError, match="needs token ids"):
+    with pytest.raises(ValueError, match="it reads text, and there is none"):
         llm_pruner().prepare(tiny("llama"))
     ids = CALIBRATION[0]
     for calibration, message in (

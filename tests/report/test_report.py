@@ -276,6 +276,11 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         report.make([tmp_path / "runs"], tmp_path / "out")
     with pytest.raises(ReportError, match="is a file; name a run folder"):
         report.make([tmp_path / "file"], tmp_path / "out")
+    (tmp_path / "runs" / "one" / "model").mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "runs" / "one" / "model" / name).write_text("{}")
+    with pytest.raises(ReportError, match=r"is a model, not a run; name the run folder, .*\(perhaps .*/runs/one\)"):
+        report.make([tmp_path / "runs" / "one" / "model"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert cli.main(["report", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
     assert "there is no such folder" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_plan_prints_saves_and_applies(
         (("--target", "params=0.8", "--out", str(small)), "belong together"),
         (("--apply", str(saved), "--out", str(small)), "not an empty folder"),
         (("--target", "params=1", "--criterion", "magnitude"), "nothing would go"),
-        (("--target", "params=0.8", "--criterion", "taylor"), "needs token ids"),
+        (("--target", "params=0.8", "--criterion", "taylor"), "--criterion taylor reads text: give --calibration"),
         (("--target", "params=0.8", "--skip", "first"), "--skip first: expected numbers"),
         (("--apply", text, "--out", str(tmp_path / "other")), "not a plan that pyprune wrote"),
     ):

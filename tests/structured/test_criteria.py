@@ -234,7 +234,7 @@ def test_random_and_own_functions() -> None:
 
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if name not in ("magnitude", "random")])
 def test_criteria_without_data_say_so(criterion: str) -> None:
-    with pytest.raises(ValueError, match="needs token ids"):
+    with pytest.raises(ValueError, match="it reads text, and there is none"):
         score(tiny("llama"), None, criterion)
 
 

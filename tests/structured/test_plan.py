@@ -219,6 +219,13 @@ def test_targets_are_read() -> None:
             Target.parse(text)
 
 
+def test_a_target_that_is_met_by_far_less_says_why() -> None:
+    assert plan.met("params=0.75", 1000, 735).endswith("(0.7350); target params=0.75")
+    assert "met by less because widths come in steps" in plan.met("params=0.75", 1000, 734)
+    assert "met by less" in plan.met("params=750", 1000, 734)
+    assert plan.met("heads=1", 1000, 10) == "parameters 1,000 -> 10 (0.0100); target heads=1"
+
+
 def test_bad_input() -> None:
     model = tiny("llama")
     before = logits(model)
@@ -227,6 +234,14 @@ def test_bad_input() -> None:
         (
             {"target": "params=0.6", "uniform": False, "skip": (0,)},
             r"not within reach of heads, channels with blocks \[0\] left alone; the smallest possible",
+        ),
+        (
+            {"target": "params=0.8", "axes": ("hidden",), "round_to": 7},
+            r"no hidden below \d+ is a multiple of round_to=7 and loads in stock code: .*such as 1$",
+        ),
+        (
+            {"target": "params=0.8", "axes": ("hidden",), "round_to": 64},
+            r"no hidden below \d+ is a multiple of round_to=64 and loads in stock code; take",
         ),
         ({"target": "params=1"}, "nothing would go"),
         ({"target": "params=1e9"}, "nothing would go"),
