@@ -1,0 +1,43 @@
+"""The commands that README.md and docs/ show are ones that the command line takes; the tutorials' are run as well
+(test_tutorials.py)."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pyprune import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def shown(text: str) -> list[str]:
+    """Indented lines that begin with pyprune, and spans in backquotes with options."""
+    lines = re.findall(r"^ {4}pyprune (.*)$", text, re.MULTILINE)
+    spans = re.findall(r"`pyprune ([^`]*\s--[^`]*)`", text)
+    return lines + spans
+
+
+def words(command: str) -> list[str]:
+    """Of alternatives the first, options in brackets too, something for N and NAME."""
+    plain = re.sub(r"\|[^\s]*", "", re.sub(r"[\[\]]|\.\.\.", "", command))
+    return [{"N": "5", "NAME": "pat"}.get(word, word) for word in shlex.split(plain, comments=True)]
+
+
+COMMANDS = [pytest.param(words(c), id=f"{page.stem}: {c[:60]}") for page in PAGES for c in shown(page.read_text())]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_takes_what_the_pages_show(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        cli._parser(command).parse_args(command)
+    except SystemExit as error:
+        pytest.fail(f"exit {error.code}: {capsys.readouterr().err.splitlines()[-1]}")
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(COMMANDS) > 20
