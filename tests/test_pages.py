@@ -12,7 +12,7 @@ import pytest
 from pyprune import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def shown(text: str) -> list[str]:
@@ -23,9 +23,9 @@ def shown(text: str) -> list[str]:
 
 
 def words(command: str) -> list[str]:
-    """Of alternatives the first, options in brackets too, something for N and NAME."""
+    """Of alternatives the first, options in brackets too, a number for N."""
     plain = re.sub(r"\|[^\s]*", "", re.sub(r"[\[\]]|\.\.\.", "", command))
-    return [{"N": "5", "NAME": "pat"}.get(word, word) for word in shlex.split(plain, comments=True)]
+    return ["5" if word == "N" else word for word in shlex.split(plain, comments=True)]
 
 
 COMMANDS = [pytest.param(words(c), id=f"{page.stem}: {c[:60]}") for page in PAGES for c in shown(page.read_text())]
