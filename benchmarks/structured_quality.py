@@ -3,6 +3,7 @@
     python benchmarks/structured_quality.py                           hours; stop it at will, the same command goes on
     python benchmarks/structured_quality.py --steps 48 --removed 0.25 --seeds 0 --methods lora llm-pruner loraprune
     python benchmarks/structured_quality.py --jobs 8                  eight at a time, on a GPU; no speed is measured
+    python benchmarks/structured_quality.py --speed                   then: speed of what is finished, a minute a shape
     python benchmarks/structured_quality.py --collect                 csv, picture and table of what is finished
     python benchmarks/structured_quality.py --table                   the table, from structured_quality.csv
 
@@ -17,9 +18,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +31,19 @@ from models import conditions
 from pat_quality import recipe_of, run, run_all, speed, summary_of, times
 from trials import Cell, add_rows, protocols, read_csv
 
-from pyprune import data
+from pyprune import data, evaluation
 from pyprune.architectures import describe
 from pyprune.cli.demo import DEMO
 from pyprune.cli.fields import add_fields
 from pyprune.methods import find
-from pyprune.models import open_skeleton
+from pyprune.models import open_model, open_skeleton
 from pyprune.plan import Rules, Target, widths_for
-from pyprune.runs import Recipe
+from pyprune.runs import Recipe, Run
 
 CSV = Path(__file__).with_name("structured_quality.csv")
 DEFAULTS = DEMO | {"steps": 600, "warmup": 20, "eval_tokens": None, "save_every": None}
 LORA = {name: DEMO[name] for name in ("lora_rank", "lora_alpha", "lora_dropout")}
+ALONE = "speed_alone"  # the stage that times a finished trial's model
 PROTOCOL = ("steps", "tokens_trained", "eval_tokens", "eval_window", "dtype")  # rows that share it are compared
 LABELS = {
     "lora": "LoRA, nothing removed",
@@ -97,12 +101,31 @@ def hidden_ratio(target: str, basis: str, dense: Path) -> float:
     return 1 - widths.hidden / decoder.hidden_size
 
 
+def time_alone(finished: Sequence[Trial], dense: Path, out: Path) -> None:
+    """Records for every finished trial how fast its model is beside the dense one, on a machine that does nothing else.
+    Models of one shape, which take the same time, are measured once."""
+    known: dict[str, dict[str, float]] = {}
+    for one in finished:
+        run = Run(out / one.name)
+        shape = json.dumps(json.loads((run.model / "config.json").read_text(encoding="utf-8")), sort_keys=True)
+        known[shape] = run.stage(ALONE, partial(_time, dense, run.model, known.get(shape)))
+
+
+def _time(dense: Path, pruned: Path, known: dict[str, float] | None) -> dict[str, float]:
+    if known is not None:
+        return {key: value for key, value in known.items() if key != "seconds"}
+    models = {"dense": open_model(dense, "float32"), "pruned": open_model(pruned, "float32")}
+    found = evaluation.speedup(*models.values(), evaluation.latency(models, repeats=9, progress=True))
+    return {"prefill_speedup": found.prefill, "decode_speedup": found.decode}
+
+
 # ------------------------------------------------------------------------------------------------------------ the csv
 
 
-def row(found: Trial, summary: dict[str, Any]) -> dict[str, Any]:
-    """One line of the csv."""
+def row(found: Trial, summary: dict[str, Any], alone: Path) -> dict[str, Any]:
+    """One line of the csv. `alone`: the record of `time_alone`, if there is one."""
     hardware, versions = summary["hardware"], summary["versions"]
+    timed = summary | (json.loads(alone.read_text(encoding="utf-8")) if alone.exists() else {})
     return {
         "method": found.label,
         "removed_requested": found.removed,
@@ -113,7 +136,7 @@ def row(found: Trial, summary: dict[str, Any]) -> dict[str, Any]:
         "params": summary["params_pruned"],
         "bytes": summary["params_pruned"] * (2 if "16" in summary["dtype"] else 4),
         **{name: summary["widths_pruned"][name] for name in ("hidden", "heads", "channels", "layers")},
-        **{f"{phase}_speedup": speed(summary, phase) for phase in ("prefill", "decode")},
+        **{f"{phase}_speedup": speed(timed, phase) for phase in ("prefill", "decode")},
         "peak_training_bytes": summary["peak_bytes"],
         "steps": summary["steps"],
         "tokens_trained": summary["tokens_trained"],
@@ -213,6 +236,7 @@ def main() -> None:
     """Runs what is not done yet, or prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the table of structured_quality.csv, run nothing")
+    parser.add_argument("--speed", action="store_true", help="time what is finished, train nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/structured_quality"), help="where the run folders are")
     parser.add_argument("--model", type=Path, help="folder of the demo's model (default: made under --out)")
     parser.add_argument(
@@ -234,9 +258,13 @@ def main() -> None:
     if arguments.one:
         run([trial for trial in chosen if trial.name in arguments.one], dense, recipe, arguments.out)
         return
+    arguments.collect |= arguments.speed
     missing = run_all(chosen, dense, recipe, arguments)
+    if arguments.speed:
+        time_alone([trial for trial in chosen if trial.name not in missing], dense, arguments.out)
     found = [(trial, summary_of(trial.name, arguments.out)) for trial in chosen]
-    if rows := [row(trial, summary) for trial, summary in found if summary]:
+    alone = {trial.name: arguments.out / trial.name / "stages" / f"{ALONE}.json" for trial in chosen}
+    if rows := [row(trial, summary, alone[trial.name]) for trial, summary in found if summary]:
         cells = add_rows(rows, CSV, ("method", "removed_requested", "seed", *PROTOCOL))
         picture(protocols(cells, PROTOCOL)[0], CSV.with_suffix(".png"))
         print(tables(cells))

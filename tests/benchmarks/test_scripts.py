@@ -362,6 +362,13 @@ def test_structured_quality(
     mean = sum(float(cell["perplexity"]) for cell in both[1:]) / 2
     *_, line = (line for line in capsys.readouterr().out.splitlines() if "| LLM-Pruner" in line)
     assert f"| {mean:.2f} ± " in line
+    assert all(cell["decode_speedup"] == "" for cell in both)
+    timed = run("--seeds 0 1 --methods llm-pruner --speed")
+    assert [cell["decode_speedup"] == "" for cell in timed] == [True, False, False]
+    assert timed[1]["decode_speedup"] == timed[2]["decode_speedup"]  # of one shape
+    assert run("--seeds 0 1 --methods llm-pruner --collect") == timed
+    both = timed
+    capsys.readouterr()
     longer = run(f"--seeds 0 --methods lora --steps 7 --out {tmp_path / 'longer'}")
     assert longer[:3] == both and longer[3]["steps"] == "7"
     assert capsys.readouterr().out.count("| removed | method |") == 2
