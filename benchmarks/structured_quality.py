@@ -49,6 +49,7 @@ LABELS = {
     "lora": "LoRA, nothing removed",
     "llm-pruner": "LLM-Pruner, then LoRA",
     "llm-pruner-activation": "LLM-Pruner by activations, then LoRA",
+    "slimgpt": "SlimGPT, then LoRA",
     "slicegpt": "SliceGPT, then LoRA",
     "loraprune": "LoRAPrune",
     "loraprune-activation": "LoRAPrune by activations",

@@ -25,6 +25,7 @@ _EXPORTS = {
     "Reconstruction": "reconstruction",
     "SparseLinear": "modules",
     "SliceGPT": "methods.slicegpt",
+    "SlimGPT": "methods.slimgpt",
     "SparseGPT": "methods.sparsegpt",
     "Wanda": "methods.wanda",
     "prune": "blockwise",

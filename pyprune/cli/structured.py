@@ -9,7 +9,7 @@ from typing import Any
 
 from pyprune.methods import find
 
-METHODS = ("llm-pruner", "slicegpt")
+METHODS = ("slimgpt", "llm-pruner", "slicegpt")
 
 
 def add_options(parser: argparse.ArgumentParser, name: str) -> None:

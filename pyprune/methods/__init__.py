@@ -54,6 +54,7 @@ REGISTRY = {
     "pat": "pyprune.methods.pat:PAT",
     "loraprune": "pyprune.methods.loraprune:LoRAPrune",
     "llm-pruner": "pyprune.methods.llm_pruner:LLMPruner",
+    "slimgpt": "pyprune.methods.slimgpt:SlimGPT",
     "slicegpt": "pyprune.methods.slicegpt:SliceGPT",
     "prune-then-tune": "pyprune.methods.prune_then_tune:PruneThenTune",
     "lora": "pyprune.methods.lora:LoRA",

@@ -65,7 +65,7 @@ def test_plan_prints_saves_and_applies(
         assert message in answer(capsys, *common, *wrong, code=2)["error"]
 
 
-@pytest.mark.parametrize("method", ["llm-pruner", "slicegpt"])
+@pytest.mark.parametrize("method", ["slimgpt", "llm-pruner", "slicegpt"])
 def test_prune_by_whole_groups(
     method: str, tiny_llama: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
