@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from pyprune.cli import structured
+
 HELP = "choose heads, channels, hidden size and blocks to remove; print, save or apply the choice"
 
 
@@ -28,8 +30,7 @@ def options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     parser.add_argument("--axes", default="heads,channels", help=f"what may shrink, of {','.join(AXES)}")
     parser.add_argument("--criterion", default="activation", choices=list(CRITERIA), help="what is important")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="text, jsonl or parquet that criteria read")
-    parser.add_argument("--samples", type=int, default=32, metavar="N", help="windows of it (default: 32)")
-    parser.add_argument("--window", type=int, default=256, metavar="N", help="tokens in a window (default: 256)")
+    structured.add_calibration_windows(parser)
     parser.add_argument(
         "--round-to", type=int, default=64, metavar="N", help="of channels and hidden size (default: 64)"
     )
@@ -80,22 +81,10 @@ def _make(args: argparse.Namespace) -> Any:
         raise ValueError(
             f"--criterion {args.criterion} reads text: give --calibration FILE, or choose {' or '.join(WITHOUT_TEXT)}"
         )
-    batches = _batches(args)
+    structured.check_calibration_windows(args)
+    batches = structured.calibration_batches(args)
     model = models.open_model(args.model, args.dtype, args.trust_remote_code)
     return plan.make(model, args.target, score(model, batches, args.criterion), rules, ranking=args.ranking)
-
-
-def _batches(args: argparse.Namespace) -> list[Any] | None:
-    """Windows of the calibration text in batches of four; None without a text."""
-    from pyprune import data, models
-
-    if args.calibration is None:
-        return None
-    tokenizer = models.open_tokenizer(args.model, args.trust_remote_code)
-    windows = data.encode(data.read_documents(args.calibration, tokenizer), tokenizer).windows(args.window)
-    if len(windows) == 0:
-        raise data.DataError(f"{args.calibration} is shorter than one window of {args.window} tokens")
-    return list(windows.ids[: args.samples].split(4))
 
 
 def _apply(chosen: Any, args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`pyprune prune --method llm-pruner|slicegpt`: cut whole heads, channels or hidden dimensions without training."""
+"""`pyprune prune --method slimgpt|llm-pruner|slicegpt`: cut whole heads, channels or hidden dimensions, no training."""
 
 from __future__ import annotations
 
@@ -17,10 +17,37 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     from pyprune.cli.fields import add_fields
 
     add_fields(parser, find(name), without=_lora_options())
-    parser.add_argument("--window", type=int, default=256, metavar="N", help="tokens in a calibration window")
-    parser.add_argument("--windows", type=int, default=32, metavar="N", help="calibration windows (default: 32)")
+    add_calibration_windows(parser)
     parser.add_argument("--eval-window", type=int, default=512, metavar="N", help="tokens in a window of perplexity")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+
+
+def add_calibration_windows(parser: argparse.ArgumentParser) -> None:
+    """What `calibration_batches` reads of --calibration."""
+    for name, default, text in (("windows", 32, "of the calibration text"), ("window", 256, "tokens in one of them")):
+        parser.add_argument(
+            f"--calibration-{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+
+
+def check_calibration_windows(args: argparse.Namespace) -> None:
+    """Raises ValueError when one of the two makes no sense."""
+    for name, least in (("calibration_windows", 1), ("calibration_window", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least {least}")
+
+
+def calibration_batches(args: argparse.Namespace) -> list[Any] | None:
+    """The first windows of the calibration text, in batches of four; None without a text. Raises DataError when the
+    text is shorter than one."""
+    from pyprune.data import DataError
+
+    if args.calibration is None:
+        return None
+    windows = _stream(args, args.calibration).windows(args.calibration_window)
+    if len(windows) == 0:
+        raise DataError(f"{args.calibration} is shorter than one window of {args.calibration_window} tokens")
+    return list(windows.ids[: args.calibration_windows].split(4))
 
 
 def _lora_options() -> set[str]:
@@ -39,10 +66,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from pyprune import runs
 
     method = method_of(args)
+    check_calibration_windows(args)
     config = {"command": "prune", "method": args.method, "model": args.model, **dataclasses.asdict(method)}
     for key, path in (("calibration", args.calibration), ("eval_data", args.eval_data)):
         config[key] = None if path is None else runs.file_digest(path)
-    config |= {key: getattr(args, key) for key in ("window", "windows", "eval_window", "dtype")}
+    config |= {key: getattr(args, key) for key in ("calibration_windows", "calibration_window", "eval_window", "dtype")}
     runs.check_folder(args.out, config, args.resume)
     runs.check_method(method, args.model, args.trust_remote_code)
     with runs.open_run(args.out, config, args.resume, args.argv) as run:
@@ -61,9 +89,10 @@ def _cut(args: argparse.Namespace, method: Any, run: Any) -> dict[str, Any]:
     from pyprune.architectures import describe
     from pyprune.plan import Widths
 
+    batches = calibration_batches(args)
     model = models.open_model(args.model, args.dtype, args.trust_remote_code)
     before = runs.shape_of(model)
-    model = method.cut(model, _windows(args))
+    model = method.cut(model, batches)
     shutil.rmtree(run.model, ignore_errors=True)  # of a run that was stopped between the export and its record
     surgery.export(model, models.open_tokenizer(args.model, args.trust_remote_code), run.model)
     after, widths = runs.shape_of(model), Widths.of(describe(model)).largest()
@@ -76,12 +105,6 @@ def _stream(args: argparse.Namespace, path: Path) -> Any:
 
     tokenizer = models.open_tokenizer(args.model, args.trust_remote_code)
     return data.encode(data.read_documents(path, tokenizer), tokenizer)
-
-
-def _windows(args: argparse.Namespace) -> list[Any] | None:
-    if args.calibration is None:
-        return None
-    return list(_stream(args, args.calibration).windows(args.window).ids[: args.windows].split(4))
 
 
 def _measure(args: argparse.Namespace, run: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def test_plan_prints_saves_and_applies(
     tiny_llama: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved, small = tmp_path / "plan.json", tmp_path / "small"
-    common = ("plan", str(tiny_llama))
+    common, reads = ("plan", str(tiny_llama)), ("--calibration", text)
     found = answer(
         capsys,
         *common,
@@ -42,7 +42,7 @@ def test_plan_prints_saves_and_applies(
         "4",
         "--calibration",
         text,
-        "--window",
+        "--calibration-window",
         "64",
         "--save",
         str(saved),
@@ -59,6 +59,8 @@ def test_plan_prints_saves_and_applies(
         (("--apply", str(saved), "--out", str(small)), "not an empty folder"),
         (("--target", "params=1", "--criterion", "magnitude"), "nothing would go"),
         (("--target", "params=0.8", "--criterion", "taylor"), "--criterion taylor reads text: give --calibration"),
+        (("--target", "params=0.8", "--calibration-windows", "0", *reads), "--calibration-windows is 0; expected at"),
+        (("--target", "params=0.8", "--calibration-window", "99999", *reads), "shorter than one window of 99999"),
         (("--target", "params=0.8", "--skip", "first"), "--skip first: expected numbers"),
         (("--apply", text, "--out", str(tmp_path / "other")), "not a plan that pyprune wrote"),
     ):
@@ -83,9 +85,9 @@ def test_prune_by_whole_groups(
         text,
         "--eval-data",
         text,
-        "--window",
+        "--calibration-window",
         "64",
-        "--windows",
+        "--calibration-windows",
         "8",
         "--eval-window",
         "64",
