@@ -60,7 +60,7 @@ def test_plan_prints_saves_and_applies(
         (("--target", "params=1", "--criterion", "magnitude"), "nothing would go"),
         (("--target", "params=0.8", "--criterion", "taylor"), "--criterion taylor reads text: give --calibration"),
         (("--target", "params=0.8", "--calibration-windows", "0", *reads), "--calibration-windows is 0; expected at"),
-        (("--target", "params=0.8", "--calibration-window", "99999", *reads), "shorter than one window of 99999"),
+        (("--target", "params=0.8", "--calibration-window", "99999", *reads), "fewer than one window of 99999"),
         (("--target", "params=0.8", "--skip", "first"), "--skip first: expected numbers"),
         (("--apply", text, "--out", str(tmp_path / "other")), "not a plan that pyprune wrote"),
     ):
