@@ -338,8 +338,10 @@ def weight_of(module: nn.Module) -> nn.Parameter:
 
 
 def size_of(linear: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a linear; the weight of a quantised one may have any shape."""
+    """Outputs and inputs of a linear or GPT-2's Conv1D; the weight of a quantised one may have any shape."""
     layer: Any = base(linear)
+    if hasattr(layer, "nf"):
+        return int(layer.nf), int(layer.nx)
     return int(layer.out_features), int(layer.in_features)
 
 

@@ -195,12 +195,11 @@ def speedup(dense: nn.Module, pruned: nn.Module, measured: Mapping[str, Latency]
 def work(model: nn.Module) -> tuple[int, int]:
     """(parameters of the blocks, bytes of blocks and head): what one token multiplies with, and what it reads. A packed
     weight is expanded for the many tokens of a prefill, so it counts as the dense one."""
-    from pyprune.architectures import describe
+    from pyprune.architectures import describe_blocks
 
-    decoder = describe(model)
-    blocks = [parameter for block in decoder.blocks for parameter in block.module.parameters()]
-    read = [*blocks, *decoder.head.parameters()]
-    parts = [part for block in decoder.blocks for part in block.module.modules()]
+    modules = [block.module for block in describe_blocks(model).blocks]
+    read = [p for module in (*modules, model.get_output_embeddings()) for p in module.parameters()]  # type: ignore[operator]
+    parts = [part for module in modules for part in module.modules()]
     return sum(map(_multiplied, parts)), sum(p.numel() * p.element_size() for p in read)
 
 

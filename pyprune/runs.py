@@ -346,8 +346,8 @@ class Experiment:
             model, tuned = self._tuned(self.name, self.method)
         shutil.rmtree(self.result, ignore_errors=True)  # a kill between the export and the record of this stage
         record = {**shape_of(model), "training": dataclasses.asdict(tuned), "peak_bytes": peak.bytes}
-        record["widths"] = Widths.of(describe(model)).largest()
         if not self.sparse:
+            record["widths"] = Widths.of(describe(model)).largest()
             surgery.export(model, self.tokenizer, self.result)
             return record
         report = checkpoint.save(model, self.tokenizer, self.result)
@@ -444,7 +444,7 @@ class Experiment:
             "block_params_pruned": pruned["block_params"],
             "target": getattr(self.method, "target", None),
             "params_removed": 1 - pruned["params"] / dense["params"],
-            "widths_pruned": trained["widths"],
+            "widths_pruned": trained.get("widths"),
             "peak_bytes": trained["peak_bytes"],
             "hidden_size_dense": dense["hidden_size"],
             "hidden_size_pruned": pruned["hidden_size"],
@@ -484,9 +484,10 @@ class Experiment:
 
 def check_method(method: Method, dense: str | Path, trust_remote_code: bool = False) -> None:
     """Raises ValueError when the family of a model is not known, or with what the method has against its shapes; reads
-    only the model's config."""
+    only the model's config. Whole parts can go from fewer families than single weights."""
     skeleton = open_skeleton(dense, trust_remote_code)
-    describe(skeleton)
+    known = describe_blocks if getattr(method, "sparse", False) else describe
+    known(skeleton)
     check = getattr(method, "check", None)
     if check is not None:
         check(skeleton)
@@ -505,17 +506,18 @@ def _device() -> str:
 def shape_of(model: nn.Module) -> dict[str, Any]:
     """Sizes counted from the tensors, not from a setting; of packed weights, `params` are the values that are stored.
     `bytes` are those of all weights, shared ones once; `linears` the shapes [out, in] of the blocks' linears."""
-    decoder, counts = describe(model), surgery.parameter_counts(model)
+    blocks, counts = describe_blocks(model).blocks, surgery.parameter_counts(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     return {
         "params": counts["total"],
         "block_params": counts["blocks"],
         "bytes": sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values()),
-        "hidden_size": decoder.hidden_size,
-        "tied": decoder.tied,
+        "hidden_size": size_of(blocks[0].branches[0].reads[0].module)[1],
+        "tied": head.weight is embedding.weight,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "linears": {
             f"{block.name}.{linear.name}": size_of(linear.module)
-            for block in describe_blocks(model).blocks
+            for block in blocks
             for branch in block.branches
             for linear in (*branch.reads, branch.write)
         },

@@ -568,11 +568,12 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters, shared ones counted once; of packed weights the values alone, not where they stand.
 
     Returns:
-        `total`, and `blocks`: all but the embedding and the head.
+        `total`, and `blocks`: all but embeddings (those of positions too) and the head.
     """
-    decoder = describe(model)
-    outside = {id(weight_of(decoder.embedding)), id(weight_of(decoder.head))}
-    parameters = [p for p in decoder.model.parameters() if p.is_floating_point()]
+    model = unwrap(model)
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    outside = {id(weight_of(module)) for module in (*embeddings, model.get_output_embeddings())}  # type: ignore[operator]
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
     return {
         "total": sum(p.numel() for p in parameters),
         "blocks": sum(p.numel() for p in parameters if id(p) not in outside),

@@ -9,7 +9,7 @@ from typing import Any
 from pyprune.cli import experiment
 from pyprune.cli.fields import from_fields
 from pyprune.cli.log import log_to_stderr
-from pyprune.methods import find
+from pyprune.methods import find, like
 
 HELP = "tune and prune a model on your data; exports an ordinary checkpoint"
 
@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         config[key] = None if path is None else str(path)
         config[f"{key}_sha256"] = None if path is None else runs.file_digest(path)
     runs.check_folder(args.out, config, args.resume)
-    runs.check_method(method, args.model, args.trust_remote_code)
+    for each in (method, *(like(name, method) for name in baselines)):
+        runs.check_method(each, args.model, args.trust_remote_code)
     tokenizer = models.open_tokenizer(args.model, args.trust_remote_code)
     corpus = data.file_corpus(args.data, args.eval_data, tokenizer)
     log_to_stderr()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pyprune.cli import main
 from pyprune.modules import SparseLinear
@@ -71,3 +72,26 @@ def test_each_method_has_a_learning_rate_of_its_own(
             line["stage"]: line["learning_rate"] for line in read_metrics(out / "metrics.jsonl") if line["step"] == 1
         }
         assert first == pytest.approx(peaks)
+
+
+def test_families_with_layer_norm(
+    tmp_path: Path, prose: str, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the paper's models: Conv1D, positions that are learnt. LoRA, the default baseline, is not for them."""
+    text, gpt2 = tmp_path / "prose.txt", tmp_path / "gpt2"
+    text.write_text(prose)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    GPT2LMHeadModel(config).save_pretrained(gpt2)
+    tokenizer.save_pretrained(gpt2)
+    arguments = ["tune", str(gpt2), "--data", str(text), "--out", str(tmp_path / "run"), "--json", *QUICK.split()]
+    assert main([*arguments, "--baselines", "lora"]) == 2
+    assert "LayerNorm" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert main(arguments) == 0
+    summary = json.loads(capsys.readouterr().out)
+    blocks = sum(p.numel() for p in GPT2LMHeadModel(config).transformer.h.parameters()) + 2 * 32  # and the last norm
+    assert summary["block_params_dense"] == blocks and summary["hidden_size_pruned"] == 32 and summary["tied"]
+    assert summary["sparsity"] == 0.5 and summary["decode_speedup"] > 0
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "dense")
+    weight = dense.transformer.h[1].mlp.c_fc.weight.T  # [out, in]
+    assert bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
