@@ -1,8 +1,9 @@
-"""The commands that README.md and docs/ show are ones that the command line takes; the tutorials' are run as well
+"""README.md and docs/ show commands that the command line takes, and use names that exist. The tutorials are run as well
 (test_tutorials.py)."""
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -39,5 +40,8 @@ def test_the_command_line_takes_what_the_pages_show(command: list[str], capsys: 
         pytest.fail(f"exit {error.code}: {capsys.readouterr().err.splitlines()[-1]}")
 
 
-def test_there_are_commands_to_check() -> None:
-    assert len(COMMANDS) > 20
+def test_names_exist() -> None:
+    names = {name for page in PAGES for name in re.findall(r"(?<![\w/.-])pyprune(?:\.[a-zA-Z_]\w*)+", page.read_text())}
+    for name in names:
+        pkgutil.resolve_name(name)
+    assert len(names) > 10 and len(COMMANDS) > 20
