@@ -1,5 +1,5 @@
-"""README.md and docs/ show commands that the command line takes, and use names that exist. The tutorials are run as well
-(test_tutorials.py)."""
+"""README.md and docs/ show commands that the command line takes, and use names that exist. The tutorials are run as
+well (test_tutorials.py)."""
 
 from __future__ import annotations
 
