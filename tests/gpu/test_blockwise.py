@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 from decoders import calibration, decoder
+from surgery.tiny_decoders import tiny
 
 from pyprune.blockwise import Block, prune
 from pyprune.calibration import Gram
+from pyprune.methods.slimgpt import SlimGPT
 from pyprune.methods.sparsegpt import SparseGPT
 from pyprune.methods.wanda import Wanda
 
@@ -45,3 +47,12 @@ def test_blocks_on_the_gpu_end_as_on_the_cpu(keep: str) -> None:
         for name, value in expected.state_dict().items():
             assert torch.equal(model.state_dict()[name] == 0, value == 0), name
             assert torch.allclose(model.state_dict()[name], value, rtol=1e-8, atol=1e-10), name
+
+
+def test_slimgpt_on_the_gpu_cuts_as_on_the_cpu() -> None:
+    """In fp64: the same groups go, and the others become the same."""
+    method = SlimGPT(target="heads=1,channels=12")
+    ids = torch.randint(3, 61, (3, 4, 12), generator=torch.Generator().manual_seed(3))
+    expected, found = (method.cut(tiny("llama").to(device), list(ids)).state_dict() for device in ("cpu", "cuda"))
+    for name, value in expected.items():
+        assert found[name].is_cuda and torch.allclose(found[name].cpu(), value, rtol=1e-8, atol=1e-10), name
