@@ -436,7 +436,7 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=message):
             loraprune(**options)
     with pytest.raises(ValueError, match="smallest possible is"):
-        loraprune(target="params=0.01").prepare(tiny("llama"))
+        loraprune(target="params=0.01", round_to=4).prepare(tiny("llama"))
     with pytest.raises(RuntimeError, match="call prepare"):
         loraprune().callback()
     method = loraprune()
