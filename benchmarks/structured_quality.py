@@ -102,20 +102,20 @@ def hidden_ratio(target: str, basis: str, dense: Path) -> float:
     return 1 - widths.hidden / decoder.hidden_size
 
 
-def time_alone(finished: Sequence[Trial], dense: Path, out: Path) -> None:
+def time_alone(finished: Sequence[Trial], dense: Path, out: Path, dtype: str) -> None:
     """Records for every finished trial how fast its model is beside the dense one, on a machine that does nothing else.
     Models of one shape, which take the same time, are measured once."""
     known: dict[str, dict[str, float]] = {}
     for one in finished:
         run = Run(out / one.name)
         shape = json.dumps(json.loads((run.model / "config.json").read_text(encoding="utf-8")), sort_keys=True)
-        known[shape] = run.stage(ALONE, partial(_time, dense, run.model, known.get(shape)))
+        known[shape] = run.stage(ALONE, partial(_time, dense, run.model, dtype, known.get(shape)))
 
 
-def _time(dense: Path, pruned: Path, known: dict[str, float] | None) -> dict[str, float]:
+def _time(dense: Path, pruned: Path, dtype: str, known: dict[str, float] | None) -> dict[str, float]:
     if known is not None:
         return {key: value for key, value in known.items() if key != "seconds"}
-    models = {"dense": open_model(dense, "float32"), "pruned": open_model(pruned, "float32")}
+    models = {"dense": open_model(dense, dtype), "pruned": open_model(pruned, dtype)}
     found = evaluation.speedup(*models.values(), evaluation.latency(models, repeats=9, progress=True))
     return {"prefill_speedup": found.prefill, "decode_speedup": found.decode}
 
@@ -262,7 +262,7 @@ def main() -> None:
     arguments.collect |= arguments.speed
     missing = run_all(chosen, dense, recipe, arguments)
     if arguments.speed:
-        time_alone([trial for trial in chosen if trial.name not in missing], dense, arguments.out)
+        time_alone([trial for trial in chosen if trial.name not in missing], dense, arguments.out, recipe.dtype)
     found = [(trial, summary_of(trial.name, arguments.out)) for trial in chosen]
     alone = {trial.name: arguments.out / trial.name / "stages" / f"{ALONE}.json" for trial in chosen}
     if rows := [row(trial, summary, alone[trial.name]) for trial, summary in found if summary]:

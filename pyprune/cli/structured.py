@@ -69,8 +69,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config |= {key: getattr(args, key) for key in ("calibration_windows", "calibration_window", "eval_window", "dtype")}
     runs.check_folder(args.out, config, args.resume)
     runs.check_method(method, args.model, args.trust_remote_code)
+    if args.calibration is None and method.reads_text:
+        raise ValueError(f"--method {args.method} reads text to choose what goes: give --calibration FILE")
+    batches = calibration_batches(args)
     with runs.open_run(args.out, config, args.resume, args.argv) as run:
-        cut = run.stage("cut", lambda: _cut(args, method, run))
+        cut = run.stage("cut", lambda: _cut(args, method, batches, run))
         measured = run.stage("measure", lambda: _measure(args, run)) if args.eval_data else {}
         counted = {key: value for key, value in cut.items() if key not in ("dense", "pruned")}
         summary = {**config, **counted, **measured, "model_pruned": str(run.model), **runs.environment()}
@@ -78,14 +81,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def _cut(args: argparse.Namespace, method: Any, run: Any) -> dict[str, Any]:
+def _cut(args: argparse.Namespace, method: Any, batches: list[Any] | None, run: Any) -> dict[str, Any]:
     import shutil
 
     from pyprune import models, runs, surgery
     from pyprune.architectures import describe
     from pyprune.plan import Widths
 
-    batches = calibration_batches(args)
     model = models.open_model(args.model, args.dtype, args.trust_remote_code)
     before = runs.shape_of(model)
     model = method.cut(model, batches)

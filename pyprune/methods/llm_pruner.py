@@ -40,6 +40,11 @@ class LLMPruner(Structured):
             raise ValueError(f"samples is {self.samples}; expected at least 1")
         self._plan: plan.Plan | None = None
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether `cut` needs calibration."""
+        return self.criterion not in criteria.WITHOUT_TEXT
+
     def cut(self, model: nn.Module, calibration: Sequence[torch.Tensor] | None) -> nn.Module:
         """Plans and cuts, without training: what is left is a stock model, if the widths are uniform."""
         widths = self.widths(model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ class SliceGPT(LoRA):
 
     target: str = option("params=0.75", "the model that is left: params= or bytes= (a share or a number), or hidden=")
     round_to: int = option(64, "the kept hidden size is a multiple of this, which hardware likes")
+
+    reads_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class SlimGPT(Structured):
 
     damping: float = option(0.01, "added to the Hessian's diagonal, as a share of its mean")
     at_once: int = option(16, "channels that go before the others make up for them")
+
+    reads_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +94,7 @@ class _Columns(OneShot):
             hessian = block.statistics(Gram, [name])[name].total
             dead = prepare(hessian, self.options.damping)
             factor = inverse_factor(hessian, f"{block.name}.{name}").double()
-            solved, stays, loss = surgery(
+            solved, stays, loss = remove_columns(
                 weight.double().masked_fill(dead, 0), factor.T @ factor, groups.count, keep, self._at_once(groups)
             )
             block.write(name, solved.to(weight.dtype))
@@ -103,7 +106,9 @@ class _Columns(OneShot):
         return self.options.at_once if groups.axis == "channels" else 1
 
 
-def surgery(weight: Tensor, inverse: Tensor, groups: int, keep: int, at_once: int = 1) -> tuple[Tensor, Tensor, float]:
+def remove_columns(
+    weight: Tensor, inverse: Tensor, groups: int, keep: int, at_once: int = 1
+) -> tuple[Tensor, Tensor, float]:
     """Zeroes groups of neighbouring columns, cheapest first, and lets the others make up for them.
 
     Args:

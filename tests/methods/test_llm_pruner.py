@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from methods.test_loraprune import FP32, At, logits, wide, windows
 from surgery.tiny_decoders import tiny
+from torch import Tensor
 
 from pyprune import LLMPruner
 from pyprune.architectures import describe
@@ -34,25 +36,31 @@ def test_the_best_by_the_criterion_stay(criterion: str) -> None:
     assert [group.count for group in describe(pruned).groups()] == [1, 12, 1, 12]
 
 
-def test_tuned_and_resumed_bit_for_bit(tmp_path: Path) -> None:
-    """Resumed without calibration: the checkpoint has the plan."""
+def tuned_in_two_parts(make: Callable[[], Any], calibration: list[Tensor] | None, tmp_path: Path) -> None:
+    """A run that is stopped, and resumed by a fresh method and `calibration`, ends bit for bit as one that was not; and
+    what was tuned is what is exported."""
     options: dict[str, Any] = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "save_every": 100}
     results = []
     for stopped in (False, True):
-        method = llm_pruner(lora_dropout=0.1)
+        method = make()
         model = method.prepare(tiny("llama", False, torch.float32), CALIBRATION)
         folder = tmp_path / str(stopped)
         if stopped:
             with pytest.raises(InterruptedTraining):
                 tune(model, windows(), folder, callbacks=[*method.callbacks(), At(3)], **options)
-            method = llm_pruner(lora_dropout=0.1)
-            model = method.prepare(tiny("llama", False, torch.float32), resume=folder / "checkpoint-3")
+            method = make()
+            model = method.prepare(tiny("llama", False, torch.float32), calibration, resume=folder / "checkpoint-3")
         tune(model, windows(), folder, callbacks=method.callbacks(), **options)
         trained = logits(model)
         final = method.finalize(model)
         torch.testing.assert_close(logits(final), trained, **FP32)
         results.append(final.state_dict())
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_tuned_and_resumed_bit_for_bit(tmp_path: Path) -> None:
+    """Resumed without calibration: the checkpoint has the plan."""
+    tuned_in_two_parts(lambda: llm_pruner(lora_dropout=0.1), None, tmp_path)
     for other, target in ((tiny("llama"), "heads=1,channels=16"), (wide(), "heads=1,channels=12")):
         with pytest.raises(ValueError, match="of a run with another target"):
             llm_pruner(target=target).prepare(other, resume=tmp_path / "True" / "checkpoint-3")

@@ -7,18 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from methods.test_loraprune import FP32, At, logits, wide, windows
+from methods.test_llm_pruner import CALIBRATION, tuned_in_two_parts
+from methods.test_loraprune import logits, wide
 from surgery.tiny_decoders import FAMILY_NAMES, relative_error, tiny
 from torch import Tensor
 
 from pyprune import SlimGPT, plan
 from pyprune.architectures import describe
 from pyprune.blockwise import prune
-from pyprune.methods.slimgpt import _Columns, surgery
+from pyprune.methods.slimgpt import _Columns, remove_columns
 from pyprune.surgery import parameter_counts
-from pyprune.training import InterruptedTraining, tune
-
-CALIBRATION = list(windows().ids[:12].split(4))
 
 
 def slimgpt(**options: Any) -> SlimGPT:
@@ -44,7 +42,7 @@ def least_squares(weight: Tensor, hessian: Tensor, kept: Tensor) -> tuple[Tensor
 @pytest.mark.parametrize(("groups", "keep", "at_once"), [(12, 5, 1), (12, 5, 4), (4, 2, 1), (4, 1, 2), (12, 11, 16)])
 def test_what_stays_is_the_least_squares_solution(groups: int, keep: int, at_once: int) -> None:
     weight, hessian = problem(groups * keep + at_once)
-    solved, stays, loss = surgery(weight.clone(), torch.linalg.inv(hessian), groups, keep, at_once)
+    solved, stays, loss = remove_columns(weight.clone(), torch.linalg.inv(hessian), groups, keep, at_once)
     assert int(stays.sum()) == keep
     expected, error = least_squares(weight, hessian, stays.repeat_interleave(12 // groups))
     torch.testing.assert_close(solved, expected, rtol=1e-9, atol=1e-9)  # fp64, a few ill-conditioned steps
@@ -64,7 +62,7 @@ def test_the_group_that_goes_is_the_cheapest_one_left(groups: int, keep: int) ->
                 tried[group] = False
                 costs[group] = least_squares(weight, hessian, tried.repeat_interleave(12 // groups))[1]
             stays[costs.argmin()] = False
-        assert torch.equal(surgery(weight.clone(), torch.linalg.inv(hessian), groups, keep)[1], stays)
+        assert torch.equal(remove_columns(weight.clone(), torch.linalg.inv(hessian), groups, keep)[1], stays)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -115,23 +113,8 @@ def test_target_and_blocks_that_stay_whole() -> None:
 
 
 def test_tuned_and_resumed_bit_for_bit(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "save_every": 100}
-    results = []
-    for stopped in (False, True):
-        method = slimgpt(lora_dropout=0.1)
-        model = method.prepare(tiny("llama", False, torch.float32), CALIBRATION)
-        folder = tmp_path / str(stopped)
-        if stopped:
-            with pytest.raises(InterruptedTraining):
-                tune(model, windows(), folder, callbacks=[*method.callbacks(), At(3)], **options)
-            method = slimgpt(lora_dropout=0.1)
-            model = method.prepare(tiny("llama", False, torch.float32), CALIBRATION, resume=folder / "checkpoint-3")
-        tune(model, windows(), folder, callbacks=method.callbacks(), **options)
-        trained = logits(model)
-        final = method.finalize(model)
-        torch.testing.assert_close(logits(final), trained, **FP32)
-        results.append(final.state_dict())
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    """The same calibration gives the same cut again."""
+    tuned_in_two_parts(lambda: slimgpt(lora_dropout=0.1), CALIBRATION, tmp_path)
 
 
 def test_bad_input() -> None:

@@ -94,6 +94,11 @@ def test_prune_by_whole_groups(
         "--out",
         str(out),
     )
+    without = [word for i, word in enumerate(command) if "--calibration" not in (word, command[i - 1])]
+    assert f"--method {method} reads text" in answer(capsys, *without, code=2)["error"]
+    long = tuple("9999999" if word == "64" else word for word in command)
+    assert "fewer than one window of 9999999" in answer(capsys, *long, code=2)["error"]
+    assert not out.exists()
     found = answer(capsys, *command)
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     assert parameter_counts(model)["total"] == found["params_pruned"] <= 0.8 * found["params_dense"]
