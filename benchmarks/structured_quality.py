@@ -51,10 +51,12 @@ LABELS = {
     "llm-pruner-activation": "LLM-Pruner by activations, then LoRA",
     "slimgpt": "SlimGPT, then LoRA",
     "slicegpt": "SliceGPT, then LoRA",
+    "slicegpt-untied": "SliceGPT, head untied, then LoRA",
     "loraprune": "LoRAPrune",
     "loraprune-activation": "LoRAPrune by activations",
     "pat-identity": "PAT (identity)",
     "pat-learned": "PAT (learned basis)",
+    "pat-learned-untied": "PAT (learned basis), head untied",
 }
 
 
@@ -82,23 +84,25 @@ def trial(label: str, removed: float, seed: int, dense: Path) -> Trial:
     exact = {"target": target, "round_to": 1}  # so that all of them have the same number of parameters
     if label == "lora":
         return Trial(f"lora-{seed}", label, find("lora")(**LORA), seed, 0)
+    name = label.removesuffix("-untied")
+    untie = name != label
     if label.startswith("pat-"):
-        basis = label.removeprefix("pat-")
-        options = LORA | {"basis": basis, "ratio": hidden_ratio(target, basis, dense), "round_to": 1}
-        method = find("pat")(**options, milestone=DEMO["milestone"])
+        options = LORA | {"ratio": hidden_ratio(target, untie, dense), "round_to": 1, "untie": untie}
+        method = find("pat")(**options, basis=name.removeprefix("pat-"), milestone=DEMO["milestone"])
     else:
-        name = label.removesuffix("-activation")
-        options = {} if name == label else {"criterion": "activation"}
+        options = {"untie": True} if untie else {}
+        name = name.removesuffix("-activation")
+        options |= {"criterion": "activation"} if label.endswith("-activation") else {}
         options |= {"mask_every": 2} if name == "loraprune" else {}
         method = find(name)(**LORA, **exact, **options)
     return Trial(f"{label}-{removed:g}-{seed}", label, method, seed, removed)
 
 
-def hidden_ratio(target: str, basis: str, dense: Path) -> float:
-    """The share of hidden channels to drop for a number of parameters; a rotated basis unties the head."""
+def hidden_ratio(target: str, untied: bool, dense: Path) -> float:
+    """The share of hidden channels to drop for a number of parameters, a head that becomes untied among them."""
     decoder = describe(open_skeleton(dense))
     rules = Rules(("hidden",), round_to=decoder.width_multiple)
-    widths = widths_for(decoder, Target.parse(target), rules, untied=basis != "identity")
+    widths = widths_for(decoder, Target.parse(target), rules, untied=untied)
     return 1 - widths.hidden / decoder.hidden_size
 
 
@@ -116,7 +120,7 @@ def _time(dense: Path, pruned: Path, dtype: str, known: dict[str, float] | None)
     if known is not None:
         return {key: value for key, value in known.items() if key != "seconds"}
     models = {"dense": open_model(dense, dtype), "pruned": open_model(pruned, dtype)}
-    found = evaluation.speedup(*models.values(), evaluation.latency(models, repeats=9, progress=True))
+    found = evaluation.speedup(*models.values(), evaluation.latency(models, new_tokens=8, repeats=15, progress=True))
     return {"prefill_speedup": found.prefill, "decode_speedup": found.decode}
 
 

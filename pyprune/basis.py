@@ -3,18 +3,22 @@
 An RMSNorm without its gain commutes with an orthogonal matrix, so one global Q [d, d] can be folded into a decoder's
 weights without changing its function (Ashkboos et al., SliceGPT, arXiv 2401.15024, theorem 1). Choosing Q as the
 principal axes of what the blocks read puts most of the signal into few channels, which pruning then keeps.
+
+Between the last block and the head stands the final norm's gain g. It can move into the head, which a tied one would
+need a matrix of its own for. Or it stays, and the head tied, when Q mixes only channels of one gain: then
+diag(g) Q = Q diag(w). Most channels of a trained model have nearly one gain, and `level` makes equal what nearly is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from pyprune.architectures import describe, weight_of
+from pyprune.architectures import Decoder, describe, weight_of
 from pyprune.calibration import check_calibration
 from pyprune.surgery import ROWS_AT_ONCE, fold_left, fold_right, input_axes, output_axes, refuse_adapters, untie
 
@@ -74,8 +78,59 @@ def _inputs(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
 
 
-def pca(covariance: torch.Tensor) -> torch.Tensor:
-    """Principal axes Q [d, d], fp64: columns by falling eigenvalue, each one's largest entry positive.
+@torch.no_grad()
+def level(model: nn.Module, tolerance: float = 0.1) -> nn.Module:
+    """Make nearly equal gains of a tied model's final norm equal, in place, so that a rotation may mix these channels.
+
+    The only step here that changes the function, if little (docs/pat.md has figures). Gains of one sign that lie within
+    `tolerance` of a middle get their mean, the most numerous first. A model whose head is untied stays as it is.
+
+    Raises:
+        ValueError: `tolerance` is not a share, at least 0 and below 1.
+    """
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance is {tolerance}; expected a share, at least 0 and below 1")
+    decoder = describe(model)
+    if decoder.tied:
+        gain = decoder.gain(decoder.final_norm)
+        for sign in (1, -1):
+            order = (sign * gain).argsort()
+            order = order[gain[order] > 0] if sign > 0 else order[gain[order] < 0]
+            for near in _nearly_equal(gain[order].abs(), (1 + tolerance) / (1 - tolerance)):
+                gain[order[near]] = gain[order[near]].mean()
+        decoder.set_gain(decoder.final_norm, gain)
+    return model
+
+
+def _nearly_equal(values: torch.Tensor, reach: float) -> Iterator[slice]:
+    """Cuts rising positive values into runs whose last is at most `reach` times the first, the longest run first."""
+    todo = [(0, len(values))]
+    while todo:
+        begin, end = todo.pop()
+        if begin == end:
+            continue
+        part = values[begin:end].contiguous()
+        ends = torch.searchsorted(part, part * reach, right=True)
+        first = int((ends - torch.arange(len(part), device=ends.device)).argmax())
+        last = int(ends[first])
+        yield slice(begin + first, begin + last)
+        todo += [(begin, begin + first), (begin + last, end)]
+
+
+def mixable(model: nn.Module) -> torch.Tensor:
+    """Which channels a rotation may mix without a change of the function or an untied head: a group's number for each
+    channel, int64 [d]. Untied, all are of one group; tied, those whose gains in the final norm are equal."""
+    decoder = describe(model)
+    gain = decoder.gain(decoder.final_norm)
+    return gain.unique(return_inverse=True)[1] if decoder.tied else torch.zeros_like(gain, dtype=torch.int64)
+
+
+def pca(covariance: torch.Tensor, groups: torch.Tensor | None = None) -> torch.Tensor:
+    """Principal axes Q [d, d], fp64: columns by falling variance, each one's largest entry positive.
+
+    Args:
+        covariance: [d, d], symmetric.
+        groups: int64 [d], a group's number for each channel; every axis then stays within a group.
 
     Raises:
         ValueError: `covariance` is not a finite square matrix.
@@ -83,18 +138,61 @@ def pca(covariance: torch.Tensor) -> torch.Tensor:
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1] or not torch.isfinite(covariance).all():
         raise ValueError(f"covariance: expected a finite [d, d] matrix, found shape {list(covariance.shape)}")
     matrix = covariance.double()
-    vectors = torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors.flip(1)
+    matrix = (matrix + matrix.T) / 2
+    if groups is None:
+        groups = torch.zeros(len(matrix), dtype=torch.int64)
+    vectors, variances = torch.zeros_like(matrix), torch.zeros_like(matrix[0])
+    for group in groups.unique():
+        own = (groups == group).nonzero().flatten().to(matrix.device)
+        variances[own], vectors[own[:, None], own] = torch.linalg.eigh(matrix[own[:, None], own])
+    vectors = vectors[:, variances.argsort(descending=True, stable=True)]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * largest.sign()
+
+
+def to_principal_axes(
+    model: nn.Module,
+    calibration: Sequence[torch.Tensor] | None,
+    untied: bool = False,
+    q: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotate a model to the principal axes of its normalised block inputs, in place.
+
+    Args:
+        model: a causal language model without adapters.
+        calibration: token ids, each [B, T].
+        untied: give a tied head a matrix of its own; else it stays tied, and only channels are mixed whose gains in the
+            final norm are nearly equal (`level`).
+        q: the axes of an earlier call on the same model, instead of `calibration`.
+
+    Returns:
+        The axes [d, d], fp64.
+
+    Raises:
+        ValueError: neither calibration batches nor `q`, and what `covariance` and `rotate` refuse.
+    """
+    if q is None and not calibration:
+        raise ValueError(
+            "calibration: a basis of principal axes needs token ids to look at; pass calibration=[ids, ...], each "
+            "[batch, tokens], or choose basis='identity'"
+        )
+    if untied:
+        untie(describe(model))
+    else:
+        level(model)
+    if q is None:
+        q = pca(covariance(model, calibration or ()), mixable(model))
+    rotate(model, q)
+    return q
 
 
 @torch.no_grad()
 def rotate(model: nn.Module, q: torch.Tensor) -> nn.Module:
     """Fold the norms' gains and an orthogonal basis into the weights, in place; the model's function stays the same.
 
-    The residual stream x becomes x Q. Gains move into their readers (the final norm's into the head, which is untied
-    for it): W <- W diag(g) Q, g <- 1. Writers: W <- Q^T W, b <- Q^T b. Embedding: E <- E Q. In fp64, then back to the
-    dtype.
+    The residual stream x becomes x Q. Gains move into their readers: W <- W diag(g) Q, g <- 1. Writers: W <- Q^T W,
+    b <- Q^T b. Embedding: E <- E Q. In fp64, then back to the dtype. A tied head stays tied, with the final norm's
+    gains carried along, if `q` mixes only channels of the same gain; otherwise it is untied.
 
     Args:
         model: a causal language model without adapters.
@@ -106,9 +204,14 @@ def rotate(model: nn.Module, q: torch.Tensor) -> nn.Module:
     decoder = describe(model)
     refuse_adapters(decoder, "rotate")
     _check_orthogonal(q, decoder.hidden_size)
-    untie(decoder)
+    gain_behind = _carried(decoder, q)
+    if gain_behind is None:
+        untie(decoder)
     for reads in decoder.reads():
         gain = decoder.gain(reads.norm)
+        if reads.norm is decoder.final_norm and gain_behind is not None:
+            decoder.set_gain(reads.norm, gain_behind)
+            continue
         for linear in reads.linears:
             fold_right(linear, gain[:, None] * q.to(gain))
         decoder.set_gain(reads.norm, torch.ones_like(gain))
@@ -116,6 +219,17 @@ def rotate(model: nn.Module, q: torch.Tensor) -> nn.Module:
         fold: Callable[[nn.Module, torch.Tensor], None] = fold_right if name == "embedding" else fold_left
         fold(writer, q if name == "embedding" else q.T)
     return model
+
+
+def _carried(decoder: Decoder, q: torch.Tensor) -> torch.Tensor | None:
+    """w [d] with diag(g) Q = Q diag(w), g the gains of a tied model's final norm; None where there is no such w."""
+    if not decoder.tied:
+        return None
+    gain = decoder.gain(decoder.final_norm)
+    q = q.to(gain)
+    carried = gain[q.abs().argmax(0)]  # taken, not computed, so that equal gains stay equal
+    error = (gain[:, None] * q - q * carried).abs().max()
+    return carried if error <= 1e-9 * gain.abs().max() else None
 
 
 def _check_orthogonal(q: torch.Tensor, width: int) -> None:
@@ -150,18 +264,28 @@ class Rotation:
 
 @torch.no_grad()
 def rotate_adapted(model: nn.Module, q: torch.Tensor) -> dict[nn.Parameter, Rotation]:
-    """`rotate` for a model that goes on training with LoRA, in place; its norms' gains must be folded already.
+    """`rotate` for a model that goes on training with LoRA, in place; it must have been rotated once already.
 
     Returns:
         For each trained parameter that changed, how, so that its optimiser's moments can follow.
 
     Raises:
-        ValueError: `q` of a wrong shape or not orthogonal, a gain that is not one, DoRA, or tied embeddings.
+        ValueError: `q` of a wrong shape or not orthogonal, gains that are not one (of a tied model's final norm: that
+            `q` mixes although they differ), or DoRA.
     """
     decoder = describe(model)
     _check_orthogonal(q, decoder.hidden_size)
-    if decoder.tied or any(not (decoder.gain(reads.norm) == 1).all() for reads in decoder.reads()):
+    gain_behind = _carried(decoder, q)
+    folded = [reads.norm for reads in decoder.reads() if not (decoder.tied and reads.norm is decoder.final_norm)]
+    if any(not (decoder.gain(norm) == 1).all() for norm in folded):
         raise ValueError("rotate_adapted: the norms' gains are not folded; call pyprune.basis.rotate(model, q) first")
+    if decoder.tied:
+        if gain_behind is None:
+            raise ValueError(
+                "rotate_adapted: q mixes channels whose gains in the final norm differ, which a tied head cannot "
+                "follow; keep to the groups of pyprune.basis.mixable(model)"
+            )
+        decoder.set_gain(decoder.final_norm, gain_behind)
     readers = [linear for reads in decoder.reads() for linear in reads.linears]
     axes = [axis for reader in readers for axis in input_axes(reader)]
     axes += [axis for writer in decoder.writers().values() for axis in output_axes(writer)]

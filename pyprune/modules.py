@@ -374,16 +374,20 @@ class LearnedSubspace(_OwnOptimizer):
 
     U [d, k] is orthonormal, the same for all HSMs, and follows the task's gradient on the Grassmann manifold (tangent
     projection, Adam, QR as retraction), from the k principal axes of least variance at the start. m, one number, is the
-    mask of a channel whose proxy is at -1/2. `freeze` returns the rotation that makes U the last k axes, so the result
-    is an ordinary pruned model: choosing among channels is the special case in which U is a set of axes.
+    mask of a channel whose proxy is at -1/2. With `groups` [d], the numbers of those channels that a rotation may mix
+    (`basis.mixable`), every column stays in the group where it starts. `freeze` returns the rotation that makes U the
+    last k axes, so the result is an ordinary pruned model: choosing among channels is the special case in which U is a
+    set of axes.
     """
 
     CLOSED = 0.1  # share of the way to the milestone at which m is zero; U goes on learning until the milestone
 
-    def __init__(self, hidden_size: int, kept: int, learning_rate: float) -> None:
+    def __init__(self, hidden_size: int, kept: int, learning_rate: float, groups: Tensor | None = None) -> None:
         super().__init__()
         self.kept, self.learning_rate, self.mask = kept, learning_rate, 1.0
+        groups = torch.zeros(hidden_size, dtype=torch.int64) if groups is None else groups
         self.register_buffer("value", torch.eye(hidden_size)[:, kept:].contiguous())
+        self.register_buffer("groups", groups, persistent=False)
         self.register_buffer("everything", torch.ones(hidden_size), persistent=False)
         self._track(self.value.shape)
 
@@ -403,17 +407,25 @@ class LearnedSubspace(_OwnOptimizer):
     @torch.no_grad()
     def learn(self, step: int, milestone: int) -> dict[str, float]:
         """Moves U by the gradient that has gathered, in steps that fall to zero at the milestone."""
-        gradient, u = self._take_gradient(), self.value.detach()
+        u, groups = self.value.detach(), self.get_buffer("groups")
+        inside = groups[:, None] == groups[self.kept :]
+        gradient = self._take_gradient() * inside
         tangent = gradient - u @ (u.T @ gradient)
         self._adam(u, tangent, self.learning_rate * (1 - step / milestone))
         q, r = torch.linalg.qr(u)
-        self.value = (q * r.diagonal().sign()).contiguous()  # as a checkpoint has it: products round by layout
+        q = q * r.diagonal().sign() * inside
+        self.value = q.contiguous()  # as a checkpoint has it: products round by layout
         return {"mask": self.mask, "mask_count": self.kept, "mask_target": self.kept}
 
     @torch.no_grad()
     def freeze(self) -> tuple[Tensor, Tensor]:
         """R [d, d] in fp64, orthogonal, whose last k columns span U, and the channels of x R that stay: the first."""
-        u = self.value.detach().double().cpu()
-        q = torch.linalg.qr(u, mode="complete").Q
-        rotation = torch.cat([q[:, u.shape[1] :], q[:, : u.shape[1]]], dim=1)
-        return rotation, torch.arange(self.kept)
+        u, groups = self.value.detach().double().cpu(), self.get_buffer("groups").cpu()
+        kept, dropped = [], []
+        for group in groups.unique():
+            rows, columns = groups == group, groups[self.kept :] == group
+            q = torch.zeros(len(u), int(rows.sum()), dtype=u.dtype)
+            q[rows] = torch.linalg.qr(u[rows][:, columns], mode="complete").Q
+            dropped.append(q[:, : int(columns.sum())])
+            kept.append(q[:, int(columns.sum()) :])
+        return torch.cat([*kept, *dropped], dim=1), torch.arange(self.kept)

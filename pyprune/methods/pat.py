@@ -58,6 +58,11 @@ class Pruning(LoRA):
 
     ratio: float = option(0.25, "share of the hidden channels that goes")
     round_to: int = option(64, "the kept hidden size is a multiple of this, which hardware likes")
+    untie: bool = option(
+        False,
+        "in a rotated basis, give a tied head a matrix of its own; else the basis mixes only channels whose gains in "
+        "the final norm are nearly equal",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,16 +73,6 @@ class Pruning(LoRA):
         """Raises ValueError when the model cannot be pruned at this ratio; `model` may be on the meta device."""
         decoder = describe(model)
         surgery.check_keep(decoder, range(kept_channels(decoder, self.ratio, self.round_to)))
-
-
-def principal_axes(model: nn.Module, calibration: Sequence[Tensor] | None) -> Tensor:
-    """Q [d, d] of the normalised block inputs. Raises ValueError without calibration batches."""
-    if not calibration:
-        raise ValueError(
-            "calibration: a basis of principal axes needs token ids to look at; pass calibration=[ids, ...], each "
-            "[batch, tokens], or choose basis='identity'"
-        )
-    return basis.pca(basis.covariance(model, calibration))
 
 
 def _structure(checkpoint: Path) -> dict[str, Tensor]:
@@ -111,7 +106,7 @@ class PAT(Pruning):
     mask_learning_rate: float = option(0.02, "step of the mask's proxies (basis identity, pca)")
     basis_learning_rate: float = option(2e-3, "step of the dropped subspace (basis learned), falling to 0")
     identity_weight: float = option(0.1, "weight of the identity loss, which keeps the HSMs' matrices orthonormal")
-    embedding_hsm: bool = option(False, "in the identity basis, an HSM after a tied embedding too, which unties it")
+    embedding_hsm: bool = option(False, "an HSM after a tied embedding too, which unties it")
     hsm_seed: int = option(0, "seed of the HSMs' random orthonormal matrices")
 
     def __post_init__(self) -> None:
@@ -167,9 +162,8 @@ class PAT(Pruning):
         resume = Path(resume) if resume else None
         structure = _structure(resume) if resume else {}
         if self.basis != "identity":
-            if resume is None:
-                structure["basis"] = principal_axes(model, calibration)
-            basis.rotate(model, structure["basis"])
+            known = structure.get("basis")
+            structure["basis"] = basis.to_principal_axes(model, calibration, self.untie, known)
         model = self.adapt(model)
         self._tuning = _Tuning(self, model, structure)
         self._tuning.resume = resume
@@ -209,7 +203,7 @@ class _Tuning:
         kept = kept_channels(decoder, options.ratio, options.round_to)
         device = weight_of(decoder.embedding).device
         selection: UnifiedMask | LearnedSubspace = (
-            LearnedSubspace(self.hidden_size, kept, options.basis_learning_rate)
+            LearnedSubspace(self.hidden_size, kept, options.basis_learning_rate, basis.mixable(model))
             if options.basis == "learned"
             else UnifiedMask(self.hidden_size, kept, options.mask_learning_rate)
         )

@@ -15,7 +15,7 @@ from torch import nn
 from pyprune import basis, surgery
 from pyprune.architectures import describe
 from pyprune.methods import option
-from pyprune.methods.pat import Pruning, kept_channels, principal_axes
+from pyprune.methods.pat import Pruning, kept_channels
 
 
 @dataclass
@@ -40,6 +40,6 @@ class PruneThenTune(Pruning):
             variance = basis.covariance(model, calibration).diagonal()
             keep = variance.topk(kept).indices.sort().values
         else:
-            basis.rotate(model, principal_axes(model, calibration))
+            basis.to_principal_axes(model, calibration, self.untie)
             keep = torch.arange(kept)
         return self.adapt(surgery.slice_hidden(model, keep))

@@ -2,7 +2,8 @@
 2401.15024). A baseline of the PAT paper.
 
 One global rotation (`pyprune.basis`) instead of one a block: the residual stream needs no matrices in between then, and
-the result is a checkpoint of a stock architecture. The rotation unties a tied head, whose parameters count.
+the result is a checkpoint of a stock architecture. A tied head stays tied unless `untie` asks for the paper's way, where
+it becomes a matrix of its own, whose parameters count.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pyprune import basis, plan, surgery
 from pyprune.architectures import describe
 from pyprune.methods import option
 from pyprune.methods.lora import LoRA
-from pyprune.methods.pat import principal_axes
 
 
 @dataclass
@@ -28,6 +28,11 @@ class SliceGPT(LoRA):
 
     target: str = option("params=0.75", "the model that is left: params= or bytes= (a share or a number), or hidden=")
     round_to: int = option(64, "the kept hidden size is a multiple of this, which hardware likes")
+    untie: bool = option(
+        False,
+        "give a tied head a matrix of its own, as in the paper; else the basis mixes only channels whose gains in the "
+        "final norm are nearly equal",
+    )
 
     reads_text: ClassVar[bool] = True
 
@@ -41,10 +46,10 @@ class SliceGPT(LoRA):
         plan.Rules(("hidden",), round_to=self.round_to)
 
     def hidden_size(self, model: nn.Module) -> int:
-        """The hidden size that meets the target; the head counts as untied. Raises ValueError when there is none."""
+        """The hidden size that meets the target. Raises ValueError when there is none."""
         decoder, wanted = describe(model), plan.Target.parse(self.target)
         rules = plan.Rules(("hidden",), round_to=self.round_to)
-        return plan.widths_for(decoder, wanted, rules, untied=True).hidden
+        return plan.widths_for(decoder, wanted, rules, untied=self.untie).hidden
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError when the model cannot meet the target; `model` may be on the meta device."""
@@ -53,7 +58,7 @@ class SliceGPT(LoRA):
     def cut(self, model: nn.Module, calibration: Sequence[torch.Tensor] | None) -> nn.Module:
         """Rotates and cuts, without training: a stock model of the smaller hidden size."""
         kept = self.hidden_size(model)
-        basis.rotate(model, principal_axes(model, calibration))
+        basis.to_principal_axes(model, calibration, self.untie)
         return surgery.slice_hidden(model, range(kept))
 
     def prepare(

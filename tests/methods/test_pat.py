@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pyprune import PAT
 from pyprune.architectures import describe, unwrap
+from pyprune.basis import level
 from pyprune.data import TokenWindows
 from pyprune.methods.pat import kept_channels
 from pyprune.modules import LearnedSubspace, UnifiedMask, offset, temperature
@@ -60,9 +61,14 @@ def logits(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_preparing_does_not_change_the_function(basis: str, tied: bool) -> None:
-    torch.testing.assert_close(
-        logits(prepared(pat(basis), tied=tied)), logits(tiny("llama", tied, torch.float32)), **FP32
-    )
+    """But for the final norm's gains, which are levelled where a tied head is to stay tied in a rotated basis."""
+    for untie in (False, True):
+        dense = tiny("llama", tied, torch.float32)
+        if basis != "identity" and not untie:
+            level(dense)
+        model = prepared(pat(basis, untie=untie), tied=tied)
+        torch.testing.assert_close(logits(model), logits(dense), **FP32)
+        assert describe(model).tied is (tied and not (untie and basis != "identity"))
 
 
 @pytest.mark.parametrize("basis", BASES)
@@ -79,6 +85,7 @@ def test_compact_training_is_masked_training(basis: str, family: str, tmp_path: 
         # the exported model is the trained one
         torch.testing.assert_close(logits(final), trained, **FP32)
         assert final.config.hidden_size == KEPT and not hasattr(final, "pat")
+        assert describe(final).tied is (family == "gemma")
         runs[compact] = (metrics, trained)
     losses = [[line["loss"] for line in metrics] for metrics, _ in runs.values()]
     assert losses[0] == pytest.approx(losses[1], rel=2e-4)
@@ -101,9 +108,10 @@ def test_dora(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), logits(method.finalize(model)), **FP32)
 
 
-def test_tied_identity_basis_stays_tied_unless_the_embedding_has_an_hsm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("basis", BASES)
+def test_a_tied_head_stays_tied_unless_the_embedding_has_an_hsm(basis: str, tmp_path: Path) -> None:
     for embedding_hsm in (False, True):
-        method = pat("identity", embedding_hsm=embedding_hsm)
+        method = pat(basis, embedding_hsm=embedding_hsm)
         model = prepared(method, tied=True)
         train(method, model, tmp_path / str(embedding_hsm))
         trained = logits(model)
@@ -167,11 +175,40 @@ def test_learned_subspace_finds_the_directions_to_drop() -> None:
     assert kept.tolist() == list(range(6))
 
 
+def test_learned_subspace_keeps_to_its_groups() -> None:
+    """The directions of least variance again, but each within its group of channels: others cannot be folded in where
+    a head is tied. The rotation then commutes with anything that is constant in a group."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])  # dropped at first are channels 6 and 7, one of each
+    variances, axes = torch.tensor([4.0, 4, 4, 0.1]), torch.zeros(8, 8)
+    for group in range(2):
+        own = torch.linalg.qr(torch.randn(4, 4, generator=generator)).Q
+        axes[groups == group, 4 * group : 4 * group + 4] = own
+    subspace = LearnedSubspace(8, 6, 0.1, groups)
+    for step in range(100):
+        subspace.begin(step, 100)
+        mixed = torch.randn(64, 8, generator=generator) * variances.repeat(2)
+        # what the groups have in common pulls U across their border
+        x = (mixed + 0.05 * mixed.roll(4, 1)) @ axes.T
+        (x - subspace(x, None)).square().mean().backward()
+        subspace.learn(step, 100)
+    value = subspace.value.detach()
+    assert (value[groups[:, None] != groups[6:]] == 0).all()
+    assert (axes[:, [3, 7]].T @ value).diagonal().abs().min() > 0.99
+    rotation, _ = subspace.freeze()
+    torch.testing.assert_close(rotation.T @ rotation, torch.eye(8, dtype=torch.float64))
+    gain = torch.tensor([2.0, -3.0], dtype=torch.float64)[groups]
+    carried = gain @ rotation.square()
+    torch.testing.assert_close(gain[:, None] * rotation, rotation * carried)
+    torch.testing.assert_close(rotation[:, 6:] @ rotation[:, 6:].T, (value @ value.T).double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("compact", [True, False])
-def test_folding_the_learned_basis_keeps_the_function(compact: bool) -> None:
+def test_folding_the_learned_basis_keeps_the_function(compact: bool, tied: bool) -> None:
     """The rotation goes into weights, adapters and HSMs; the model whose mask is closed stays the same."""
     method = pat("learned", compact=compact)
-    model = prepared(method)
+    model = prepared(method, tied=tied)
     tuning = method._tuning
     assert tuning is not None
     generator = torch.Generator().manual_seed(5)
@@ -179,11 +216,14 @@ def test_folding_the_learned_basis_keeps_the_function(compact: bool) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(".v") or "lora_B" in name:
                 parameter.normal_(0, 0.2, generator=generator)
-        tuning.selection.value = torch.linalg.qr(torch.randn(WIDTH, WIDTH - KEPT, generator=generator)).Q
+        subspace = tuning.selection
+        wild = torch.randn(WIDTH, WIDTH - KEPT, generator=generator)
+        subspace.value = torch.linalg.qr(wild * (subspace.groups[:, None] == subspace.groups[KEPT:])).Q
     tuning.selection.mask = 0.0
     before = logits(model)
     tuning.freeze(None)
     torch.testing.assert_close(logits(model), before, **FP32)
+    assert describe(model).tied is tied
 
 
 @pytest.mark.parametrize("compact", [True, False])
@@ -199,7 +239,9 @@ def test_moments_follow_the_learned_basis(compact: bool) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(".v") or "lora_B" in name:
                 parameter.normal_(0, 0.2, generator=generator)
-        tuning.selection.value = torch.linalg.qr(torch.randn(WIDTH, WIDTH - KEPT, generator=generator)).Q
+        subspace = tuning.selection
+        wild = torch.randn(WIDTH, WIDTH - KEPT, generator=generator)
+        subspace.value = torch.linalg.qr(wild * (subspace.groups[:, None] == subspace.groups[KEPT:])).Q
     tuning.selection.mask = 0.0
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=0.0, betas=(0.9, 0.99))
@@ -239,7 +281,7 @@ def test_identity_loss_reaches_every_hsm(tmp_path: Path) -> None:
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("stop", [2, 7])
 def test_resumed_run_is_the_unbroken_run(basis: str, stop: int, tmp_path: Path) -> None:
-    """Bit for bit, stopped before (2) and after (7) the milestone (4)."""
+    """Bit for bit, stopped before (2) and after (7) the milestone (4), with a tied head."""
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -247,17 +289,17 @@ def test_resumed_run_is_the_unbroken_run(basis: str, stop: int, tmp_path: Path) 
                 control.should_save = control.should_training_stop = True
 
     method = pat(basis, lora_dropout=0.1)
-    whole = prepared(method)
+    whole = prepared(method, tied=True)
     train(method, whole, tmp_path / "whole")
     method = pat(basis, lora_dropout=0.1)
-    broken = prepared(method)
+    broken = prepared(method, tied=True)
     with pytest.raises(InterruptedTraining):
         tune(
             broken, windows(), tmp_path / "parts", steps=12, learning_rate=1e-2,
             callbacks=[*method.callbacks(), Stop()],
         )  # fmt: skip
     method = pat(basis, lora_dropout=0.1)
-    resumed = prepared(method, resume=tmp_path / "parts" / f"checkpoint-{stop}")
+    resumed = prepared(method, tied=True, resume=tmp_path / "parts" / f"checkpoint-{stop}")
     train(method, resumed, tmp_path / "parts")
     ours, theirs = resumed.state_dict(), whole.state_dict()
     assert ours.keys() == theirs.keys()

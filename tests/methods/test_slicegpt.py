@@ -1,4 +1,4 @@
-"""SliceGPT: the cut is the projection on the leading principal axes; the target counts the untied head."""
+"""SliceGPT: the cut is the projection on the leading principal axes; the target counts an untied head."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ def slicegpt(**options: Any) -> SliceGPT:
     return SliceGPT(**{"target": "hidden=16", "round_to": 4, "lora_rank": 3, "lora_dropout": 0.0} | options)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_the_cut_is_a_projection_on_the_leading_axes(family: str) -> None:
-    """Every writer's output projected on Q's first 16 axes in the dense model whose gains are folded: same logits."""
-    model, dense = tiny(family), tiny(family)
-    q = basis.pca(basis.covariance(dense, CALIBRATION))
+def test_the_cut_is_a_projection_on_the_leading_axes(family: str, tied: bool) -> None:
+    """Every writer's output projected on Q's first 16 axes in the dense model whose gains are folded: same logits. A
+    tied model's axes are those within channels of one gain, once nearly equal gains are equal."""
+    model, dense = tiny(family, tied), tiny(family, tied)
+    basis.level(dense)
+    q = basis.pca(basis.covariance(dense, CALIBRATION), basis.mixable(dense))
     basis.rotate(dense, torch.eye(24, dtype=torch.float64))
     projection = q[:, :16] @ q[:, :16].T
     for writer in describe(dense).writers().values():
@@ -34,15 +37,16 @@ def test_the_cut_is_a_projection_on_the_leading_axes(family: str) -> None:
     assert relative_error(logits(slicegpt().cut(model, CALIBRATION)), logits(dense)) < 1e-10
 
 
-def test_target_counts_the_untied_head() -> None:
+@pytest.mark.parametrize("untie", [False, True])
+def test_target_counts_an_untied_head(untie: bool) -> None:
     for target, share in (("params=0.8", 0.8), ("params=0.5", 0.5)):
         model = wide()
         model.config.tie_word_embeddings = True
         model.tie_weights()
         before = parameter_counts(model)["total"]
-        pruned = slicegpt(target=target).cut(model, CALIBRATION)
+        pruned = slicegpt(target=target, untie=untie).cut(model, CALIBRATION)
         after = parameter_counts(pruned)["total"]
-        assert not describe(pruned).tied
+        assert describe(pruned).tied is not untie
         step = after / pruned.config.hidden_size * 8  # a multiple of 8 heads
         assert 0 <= share * before - after < step
 

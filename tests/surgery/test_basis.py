@@ -7,7 +7,7 @@ import torch
 from tiny_decoders import FAMILY_NAMES, WIDTH, logits, relative_error, tiny, token_ids
 
 from pyprune.architectures import describe
-from pyprune.basis import covariance, pca, rotate
+from pyprune.basis import covariance, level, mixable, pca, rotate
 from pyprune.surgery import slice_hidden
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-4}
@@ -125,3 +125,66 @@ def test_rotate_refuses_a_wrong_matrix() -> None:
     with pytest.raises(ValueError, match="not orthogonal"):
         rotate(model, torch.full((WIDTH, WIDTH), float("nan")))
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_tied_head_stays_tied_when_only_channels_of_one_gain_are_mixed(family: str) -> None:
+    """Two gains in three runs of channels, one negative as trained models have it: the function is the same to
+    rounding, and so is a second rotation's."""
+    model = tiny(family, tied=True)
+    decoder = describe(model)
+    gains = torch.tensor([1.5, -2.0, 1.5], dtype=torch.float64).repeat_interleave(WIDTH // 3)
+    decoder.set_gain(decoder.final_norm, gains)
+    expected = logits(model)
+    for matrix in (covariance(model, [token_ids(8, 16)]), orthogonal() + orthogonal().T):
+        q = pca(matrix, mixable(model))
+        assert int((q.abs() > 1e-3).sum()) > 2 * WIDTH  # it mixes
+        rotate(model, q)
+        assert decoder.tied and model.config.tie_word_embeddings
+        assert decoder.gain(decoder.final_norm).sort().values.tolist() == gains.sort().values.tolist()
+        assert relative_error(logits(model), expected) < 1e-12
+
+
+def test_a_tied_head_is_untied_rather_than_wrong() -> None:
+    """One axis out of two gains is enough."""
+    model = tiny("llama", tied=True)
+    decoder = describe(model)
+    decoder.set_gain(decoder.final_norm, torch.ones(WIDTH).index_fill(0, torch.tensor(3), 1.01))
+    expected, q = logits(model), torch.eye(WIDTH, dtype=torch.float64)
+    q[2:4, 2:4] = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=q.dtype)
+    rotate(model, q)
+    assert not decoder.tied and relative_error(logits(model), expected) < 1e-12
+
+
+def test_level_makes_nearly_equal_gains_equal() -> None:
+    """The largest run within 10 % of a middle first; what is left of it on either side forms runs of its own."""
+    model = tiny("llama", tied=True)
+    decoder = describe(model)
+    gains = torch.tensor([0.85, 1.0, 1.1, 1.2, 1.25, -1.0, -1.3, 0.0, 5.0], dtype=torch.float64)
+    gains = torch.cat([gains, torch.full((WIDTH - 9,), 9.0)])
+    decoder.set_gain(decoder.final_norm, gains)
+    assert level(model, 0) is model and torch.equal(decoder.gain(decoder.final_norm), gains)
+    found = decoder.gain(level(model).get_submodule("model.norm"))[:9]
+    expected = torch.tensor([0.85, 1.1, 1.1, 1.1, 1.25, -1.0, -1.3, 0.0, 5.0], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert mixable(model)[:9].unique(return_counts=True)[1].tolist() == [1, 1, 1, 1, 3, 1, 1]
+    untied = tiny("llama")
+    before = describe(untied).gain(describe(untied).final_norm)
+    assert torch.equal(describe(level(untied)).gain(describe(untied).final_norm), before)
+    assert mixable(untied).unique().tolist() == [0]
+    with pytest.raises(ValueError, match=r"tolerance is 1\.0; expected a share"):
+        level(model, 1.0)
+
+
+def test_axes_stay_within_their_groups() -> None:
+    """They are those of each group's own covariance, all together by falling variance."""
+    matrix = covariance(tiny("llama"), [token_ids(4, 16)])
+    groups = torch.arange(WIDTH) % 3
+    q = pca(matrix, groups)
+    assert float((q.T @ q - torch.eye(WIDTH, dtype=q.dtype)).abs().max()) < 1e-12
+    owner = torch.stack([(q[groups == group] != 0).any(0) for group in range(3)])
+    assert (owner.sum(0) == 1).all()
+    variances = (q.T @ matrix @ q).diagonal()
+    assert (variances[:-1] >= variances[1:] - 1e-12).all()
+    own = torch.cat([torch.linalg.eigvalsh(matrix[groups == g][:, groups == g]) for g in range(3)])
+    torch.testing.assert_close(variances, own.sort(descending=True).values, rtol=1e-10, atol=1e-12)
