@@ -2,7 +2,7 @@
 2401.15024). A baseline of the PAT paper.
 
 One global rotation (`pyprune.basis`) instead of one a block: the residual stream needs no matrices in between then, and
-the result is a checkpoint of a stock architecture. A tied head stays tied unless `untie` asks for the paper's way, where
+the result is a checkpoint of a stock architecture. A tied head stays tied unless `untie` asks for the paper's way: then
 it becomes a matrix of its own, whose parameters count.
 """
 
