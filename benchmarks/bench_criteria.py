@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from models import conditions
+from models import conditions, real_model
 from results import Row, append
 from torch import Tensor, nn
 
-from pyprune import criteria, data
+from pyprune import criteria
 from pyprune.architectures import Groups, describe
-from pyprune.models import open_model, open_tokenizer
 
 CHOICES = ("activation", "wanda", "magnitude", "taylor", "lora")
 
@@ -72,13 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     print(conditions(torch.get_num_threads()))
-    with TemporaryDirectory() as scratch:
-        folder = arguments.model or data.demo_model(Path(scratch, "model"))
-        model, tokenizer = open_model(folder, "float32").eval(), open_tokenizer(folder)
-    corpus = data.demo_text()
-    train, held_out = (
-        data.encode(text, tokenizer).windows(arguments.window).ids for text in (corpus.train, corpus.held_out)
-    )
+    model, train, held_out = real_model(arguments.model, arguments.window)
     calibration = train[:: max(1, len(train) // arguments.windows)][: arguments.windows]
     cost = costs(model, held_out[: arguments.measured])
     of_best, of_random = (torch.stack([pick(values) for values in cost.values()]) for pick in (torch.min, torch.mean))

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pyprune.ops  # noqa: F401  (registers torch.ops.pyprune)
+from pyprune import data
+from pyprune.models import open_model, open_tokenizer
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -66,6 +70,17 @@ def batch_of(shape: str, tokens: int, window: int) -> Tensor:
     """Random ids [tokens / window, window] of a model in `SHAPES`, the same at every call."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(SHAPES[shape]["vocab_size"], (tokens // window, window), generator=generator)
+
+
+def real_model(folder: Path | None, window: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """The demo's model, or that of a checkpoint, in fp32, with the demo's text: ids to train on and ids held out, each
+    [windows, window]."""
+    with TemporaryDirectory() as scratch:
+        folder = folder or data.demo_model(Path(scratch, "model"))
+        model, tokenizer = open_model(folder, "float32").eval(), open_tokenizer(folder)
+    corpus = data.demo_text()
+    train, held_out = (data.encode(text, tokenizer).windows(window).ids for text in (corpus.train, corpus.held_out))
+    return model, train, held_out
 
 
 def conditions(threads: int) -> str:

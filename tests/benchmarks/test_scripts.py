@@ -315,13 +315,31 @@ def test_criteria(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     PreTrainedTokenizerFast.from_pretrained(tiny_llama).save_pretrained(tmp_path / "tiny")
     documents = [Document(text) for text in prose.split("\n\n")]
     corpus = Corpus(documents[:-4], documents[-6:-4], documents[-4:], "prose")
-    monkeypatch.setattr(importlib.import_module("bench_criteria").data, "demo_text", lambda: corpus)
+    monkeypatch.setattr(importlib.import_module("models").data, "demo_text", lambda: corpus)
     options = f"--model {tmp_path / 'tiny'} --windows 4 --window 16 --threads 1 --criteria activation magnitude"
     kept = script("bench_criteria", options)
     cost = {row["provider"]: float(row["p50"]) for row in kept if row["benchmark"] == "heads dropped first"}
     assert cost.keys() == {"best", "random", "activation", "magnitude"}
     assert cost["activation"] == pytest.approx(0, abs=1e-6)
     assert cost["best"] <= min(cost.values()) and cost["random"] != pytest.approx(0, abs=1e-6)
+
+
+def test_bases(script: Any, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, prose: str) -> None:
+    """Before the cut all bases are the dense model but those that level gains; untied, fewer channels are left."""
+    documents = [Document(text) for text in prose.split("\n\n")]
+    corpus = Corpus(documents[:-4], documents[-6:-4], documents[-4:], "prose")
+    monkeypatch.setattr(importlib.import_module("models").data, "demo_text", lambda: corpus)
+    options = f"--model {tiny_llama} --removed 0.5 --windows 4 --window 16 --measured 8 --threads 1 --tolerances 0 0.3"
+    kept = script("bench_bases", options)
+    whole, left = (
+        {row["provider"]: float(row["p50"]) for row in kept if row["benchmark"] == f"basis, {what}"}
+        for what in ("uncut", "50% removed")
+    )
+    assert whole.keys() == left.keys() == {"identity", "untied", "tied 0", "tied 0.3"}
+    assert whole["untied"] == pytest.approx(whole["identity"], rel=1e-4)
+    assert whole["tied 0"] == pytest.approx(whole["identity"], rel=1e-4)
+    assert min(abs(left[name] / whole[name] - 1) for name in left) > 1e-3
+    assert len({round(value, 6) for value in left.values()}) >= 3
 
 
 STRUCTURED = (
