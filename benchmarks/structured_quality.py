@@ -173,7 +173,8 @@ def table(cells: Sequence[Cell]) -> str:
     ]
     for removed, label in sorted({(c["removed_requested"], c["method"]) for c in cells}, key=_order):
         same = [c for c in cells if (c["removed_requested"], c["method"]) == (removed, label)]
-        mean = {key: statistics.mean(float(c[key]) for c in same) for key in same[0] if _is_number(same[0][key])}
+        numbers = {key: [float(c[key]) for c in same if _is_number(c[key])] for key in same[0]}
+        mean = {key: statistics.mean(values) for key, values in numbers.items() if values}  # not all were timed
         spread = f" ± {statistics.stdev(float(c['perplexity']) for c in same):.2f}" if len(same) > 1 else ""
         figures = [
             f"{mean['removed']:.1%}",
