@@ -4,6 +4,7 @@
     python benchmarks/pat_quality.py --table            the table of the README, from pat_quality.csv
     python benchmarks/pat_quality.py --steps 120 --ratios 0.25 --bases learned identity
     python benchmarks/pat_quality.py --jobs 8           eight at a time, on a GPU; no speed is measured then
+    python benchmarks/pat_quality.py --speed            then: how fast what is finished is here
     python benchmarks/pat_quality.py --collect          csv, picture and table of the runs that are finished
 
 Every method is tuned on the same tokens of the demo's text, exported, loaded again as a stock checkpoint, and measured
@@ -22,21 +23,25 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 import trials
 from models import conditions
+from transformers import AutoConfig, AutoModelForCausalLM
 from trials import Cell, read_csv, write_csv
 
-from pyprune import data
+from pyprune import data, evaluation
 from pyprune.cli.demo import DEMO
 from pyprune.cli.fields import add_fields, from_fields
 from pyprune.methods import find, like
-from pyprune.runs import Experiment, Recipe, check_folder, open_run
+from pyprune.models import fast_dtype
+from pyprune.runs import Experiment, Recipe, Run, check_folder, hardware, open_run
 
 CSV = Path(__file__).with_name("pat_quality.csv")
 # the demo's recipe, longer, on all of the held-out text; round_to 1 keeps the ratios apart
 DEFAULTS = DEMO | {"steps": 600, "warmup": 20, "eval_tokens": None, "save_every": None, "round_to": 1}
 LABELS = {"pat": "PAT", "prune-then-tune": "prune, then tune", "lora": "dense, LoRA", "dense": "dense, untouched"}
 DENSE = ("dense", "lora")
+ALONE = "speed_alone"  # the stage that times a finished trial's shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +92,10 @@ def config(trial: Any, recipe: Recipe) -> dict[str, Any]:
 
 
 def summary_of(name: str, out: Path) -> dict[str, Any] | None:
-    """That of a finished trial."""
-    path = out / name / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """That of a finished trial; the speeds of `time_alone`, if there are any, in place of its own."""
+    paths = [out / name / "summary.json", out / name / "stages" / f"{ALONE}.json"]
+    own, *alone = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in paths)
+    return own | {key: value for key, value in alone[0].items() if key != "seconds"} if own else None
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
@@ -118,6 +124,52 @@ def run_all(chosen: Sequence[Any], dense: Path, recipe: Recipe, arguments: argpa
     return trials.run(names, result, out / "logs", arguments.jobs)
 
 
+# ------------------------------------------------------------------------------------------------------------ speed
+
+
+def time_alone(finished: Sequence[Any], dense: Path, out: Path) -> None:
+    """Records for every finished trial how fast a model of its shape is beside one of the dense shape, on this machine,
+    which should do nothing else. Weights are random, which changes no time, so that a trial of another machine needs
+    no more than its records here. A shape that several trials share is timed once."""
+    known: dict[str, dict[str, Any]] = {}
+    for one in finished:
+        run = Run(out / one.name)
+        shape = json.dumps(json.loads((run.model / "config.json").read_text(encoding="utf-8")), sort_keys=True)
+        known[shape] = run.stage(ALONE, lambda run=run, shape=shape: known.get(shape) or _time(dense, run.model))
+
+
+def _time(dense: Path, pruned: Path) -> dict[str, Any]:
+    dtype = fast_dtype()
+    models = {"dense": _random(dense, dtype), "pruned": _random(pruned, dtype)}
+    found = evaluation.speedup(*models.values(), evaluation.latency(models, new_tokens=8, repeats=15, progress=True))
+    return {"prefill_speedup": found.prefill, "decode_speedup": found.decode, "speed_on": place(hardware(), dtype)}
+
+
+def _random(folder: Path, dtype: str) -> Any:
+    """A model of a checkpoint's config."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=getattr(torch, dtype))
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def speed(summary: dict[str, Any], phase: str) -> str:
+    """How much faster the result is than the dense model; empty where that was not measured."""
+    value = summary[f"{phase}_speedup"]
+    return "" if value is None else f"{value:.3f}"
+
+
+def speed_on(summary: dict[str, Any]) -> str:
+    """Where, and in which dtype, that was measured; empty where it was not."""
+    if not speed(summary, "decode"):
+        return ""
+    return summary.get("speed_on") or place(summary["hardware"], summary["dtype"])
+
+
+def place(hardware: dict[str, Any], dtype: str) -> str:
+    """The GPU, or the processor and its threads, with the dtype."""
+    return f"{hardware['gpu'] or '{threads} threads of {cpu}'.format(**hardware)}, {dtype}"
+
+
 # ------------------------------------------------------------------------------------------------------------ the csv
 
 
@@ -143,6 +195,7 @@ def _row(summary: dict[str, Any]) -> dict[str, Any]:
         "hidden_size": summary["hidden_size_pruned"],
         "tied": summary["tied"],
         **{f"{phase}_speedup": speed(summary, phase) if pruned else "" for phase in ("prefill", "decode")},
+        "speed_on": speed_on(summary) if pruned else "",
         "steps": summary["steps"],
         "tokens_trained": summary["tokens_trained"],
         "seconds": f"{summary['seconds']:.0f}",
@@ -157,12 +210,6 @@ def _row(summary: dict[str, Any]) -> dict[str, Any]:
         **{name: versions[name] for name in ("torch", "transformers", "peft", "pyprune")},
         "commit": (summary["commit"] or "unknown")[:12],
     }
-
-
-def speed(summary: dict[str, Any], phase: str) -> str:
-    """How much faster the result is than the dense model; empty where that was not measured."""
-    value = summary[f"{phase}_speedup"]
-    return "" if value is None else f"{value:.3f}"
 
 
 def check(summaries: Sequence[dict[str, Any]]) -> None:
@@ -212,13 +259,13 @@ def table(cells: Sequence[Cell]) -> str:
         body.append([name, _millions(here.values()), "", *figures, *speeds])
     text = ["| " + " | ".join(line) + " |" for line in (head, ["---", *["---:"] * (len(head) - 1)], *body)]
     tuned = next(cell for cell in cells if cell["method"] != "dense")
-    timed = any(cell["decode_speedup"] for cell in cells)
+    timed = dict.fromkeys(cell["speed_on"] for cell in cells if cell["speed_on"])
     note = (
         f"Perplexity on {int(tuned['eval_tokens']):,} held-out tokens of {data.DEMO_TEXT} (window "
         f"{tuned['eval_window']}, stride {tuned['eval_stride']}); {data.DEMO_MODEL}; every tuned row read "
         f"{int(tuned['tokens_trained']):,} tokens, seed {tuned['seed']}, {tuned['dtype']}. "
-        f"{'Speed beside the dense model in the same run, ' if timed else ''}{tuned['threads']} threads of "
-        f"{tuned['hardware']}; torch {tuned['torch']}, commit {tuned['commit']}."
+        f"{tuned['hardware']}, torch {tuned['torch']}, commit {tuned['commit']}."
+        f"{' Speed beside the dense model: ' + '; '.join(timed) + '.' if timed else ''}"
     )
     return "\n".join([*text, "", note])
 
@@ -274,6 +321,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
     )
     parser.add_argument("--table", action="store_true", help="print the table of pat_quality.csv and run nothing")
+    parser.add_argument("--speed", action="store_true", help="time what is finished, train nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/pat_quality"), help="where the run folders are")
     parser.add_argument("--model", type=Path, help="folder of the demo's model (default: made under --out)")
     add_fields(parser, find("pat"), DEFAULTS)
@@ -295,7 +343,10 @@ def main() -> None:
     if arguments.one:
         run([trial for trial in chosen if trial.name in arguments.one], dense, recipe, arguments.out)
         return
+    arguments.collect |= arguments.speed
     missing = run_all(chosen, dense, recipe, arguments)
+    if arguments.speed:
+        time_alone([trial for trial in chosen if trial.name not in missing], dense, arguments.out)
     summaries = [found for trial in chosen if (found := summary_of(trial.name, arguments.out))]
     if summaries:
         check(summaries)

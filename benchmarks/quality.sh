@@ -49,7 +49,7 @@ step oneshot 60 "$python" benchmarks/oneshot_quality.py "${common[@]}" --out "$r
 step memory 30 "$python" benchmarks/structured_memory.py --blocks 22 --jobs 4
 
 cp benchmarks/{structured,pat,ast,oneshot}_quality.{csv,png} benchmarks/results.csv "$out" 2>/dev/null
-find "$runs" -regextype posix-extended -not -path '*/dense/*' -not -path '*/model/*' \
+find "$runs" -regextype posix-extended -not -path '*/dense/*' \
   -regex '.*/(summary|config|record|curve|dense)\.json|.*/metrics\.jsonl|.*/protocol\.txt|.*/oneshot/[^/]*\.json|.*/logs/.*|.*/stages/.*' \
   -print0 | tar -czf "$out/records.tgz" --null --files-from=-
 exit $failed

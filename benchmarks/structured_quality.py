@@ -3,7 +3,7 @@
     python benchmarks/structured_quality.py                           hours; stop it at will, the same command goes on
     python benchmarks/structured_quality.py --steps 48 --removed 0.25 --seeds 0 --methods lora llm-pruner loraprune
     python benchmarks/structured_quality.py --jobs 8                  eight at a time, on a GPU; no speed is measured
-    python benchmarks/structured_quality.py --speed                   then: speed of what is finished, a minute a shape
+    python benchmarks/structured_quality.py --speed                   then: how fast what is finished is here
     python benchmarks/structured_quality.py --collect                 csv, picture and table of what is finished
     python benchmarks/structured_quality.py --table                   the table, from structured_quality.csv
 
@@ -18,32 +18,29 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trials
 from models import conditions
-from pat_quality import recipe_of, run, run_all, speed, summary_of, times
+from pat_quality import recipe_of, run, run_all, speed, speed_on, summary_of, time_alone, times
 from trials import Cell, add_rows, protocols, read_csv
 
-from pyprune import data, evaluation
+from pyprune import data
 from pyprune.architectures import describe
 from pyprune.cli.demo import DEMO
 from pyprune.cli.fields import add_fields
 from pyprune.methods import find
-from pyprune.models import open_model, open_skeleton
+from pyprune.models import open_skeleton
 from pyprune.plan import Rules, Target, widths_for
-from pyprune.runs import Recipe, Run
+from pyprune.runs import Recipe
 
 CSV = Path(__file__).with_name("structured_quality.csv")
 DEFAULTS = DEMO | {"steps": 600, "warmup": 20, "eval_tokens": None, "save_every": None}
 LORA = {name: DEMO[name] for name in ("lora_rank", "lora_alpha", "lora_dropout")}
-ALONE = "speed_alone"  # the stage that times a finished trial's model
 PROTOCOL = ("steps", "tokens_trained", "eval_tokens", "eval_window", "dtype")  # rows that share it are compared
 LABELS = {
     "lora": "LoRA, nothing removed",
@@ -106,31 +103,12 @@ def hidden_ratio(target: str, untied: bool, dense: Path) -> float:
     return 1 - widths.hidden / decoder.hidden_size
 
 
-def time_alone(finished: Sequence[Trial], dense: Path, out: Path, dtype: str) -> None:
-    """Records for every finished trial how fast its model is beside the dense one, on a machine that does nothing else.
-    Models of one shape, which take the same time, are measured once."""
-    known: dict[str, dict[str, float]] = {}
-    for one in finished:
-        run = Run(out / one.name)
-        shape = json.dumps(json.loads((run.model / "config.json").read_text(encoding="utf-8")), sort_keys=True)
-        known[shape] = run.stage(ALONE, partial(_time, dense, run.model, dtype, known.get(shape)))
-
-
-def _time(dense: Path, pruned: Path, dtype: str, known: dict[str, float] | None) -> dict[str, float]:
-    if known is not None:
-        return {key: value for key, value in known.items() if key != "seconds"}
-    models = {"dense": open_model(dense, dtype), "pruned": open_model(pruned, dtype)}
-    found = evaluation.speedup(*models.values(), evaluation.latency(models, new_tokens=8, repeats=15, progress=True))
-    return {"prefill_speedup": found.prefill, "decode_speedup": found.decode}
-
-
 # ------------------------------------------------------------------------------------------------------------ the csv
 
 
-def row(found: Trial, summary: dict[str, Any], alone: Path) -> dict[str, Any]:
-    """One line of the csv. `alone`: the record of `time_alone`, if there is one."""
+def row(found: Trial, summary: dict[str, Any]) -> dict[str, Any]:
+    """One line of the csv."""
     hardware, versions = summary["hardware"], summary["versions"]
-    timed = summary | (json.loads(alone.read_text(encoding="utf-8")) if alone.exists() else {})
     return {
         "method": found.label,
         "removed_requested": found.removed,
@@ -141,7 +119,8 @@ def row(found: Trial, summary: dict[str, Any], alone: Path) -> dict[str, Any]:
         "params": summary["params_pruned"],
         "bytes": summary["params_pruned"] * (2 if "16" in summary["dtype"] else 4),
         **{name: summary["widths_pruned"][name] for name in ("hidden", "heads", "channels", "layers")},
-        **{f"{phase}_speedup": speed(timed, phase) for phase in ("prefill", "decode")},
+        **{f"{phase}_speedup": speed(summary, phase) for phase in ("prefill", "decode")},
+        "speed_on": speed_on(summary),
         "peak_training_bytes": summary["peak_bytes"],
         "steps": summary["steps"],
         "tokens_trained": summary["tokens_trained"],
@@ -185,12 +164,13 @@ def table(cells: Sequence[Cell]) -> str:
             f"{mean['peak_training_bytes'] / 2**30:.2f} GiB",
         ]
         lines.append(f"| {' | '.join(figures)} |")
-    first = cells[0]
+    first, timed = cells[0], dict.fromkeys(c["speed_on"] for c in cells if c["speed_on"])
     lines.append(
         f"\nSmolLM2-135M-Instruct (4-bit-rounded weights), dense {float(first['perplexity_dense']):.2f}; every method "
         f"tuned on {int(first['tokens_trained']):,} tokens ({first['steps']} steps), {first['dtype']}; perplexity on "
         f"{int(first['eval_tokens']):,} held-out tokens, window {first['eval_window']}; seeds "
-        f"{', '.join(sorted({c['seed'] for c in cells}))}; {first['hardware']}, {first['threads']} thread(s)."
+        f"{', '.join(sorted({c['seed'] for c in cells}))}; {first['hardware']}."
+        f"{' Speed beside the dense model: ' + '; '.join(timed) + '.' if timed else ''}"
     )
     return "\n".join(lines)
 
@@ -267,10 +247,9 @@ def main() -> None:
     arguments.collect |= arguments.speed
     missing = run_all(chosen, dense, recipe, arguments)
     if arguments.speed:
-        time_alone([trial for trial in chosen if trial.name not in missing], dense, arguments.out, recipe.dtype)
+        time_alone([trial for trial in chosen if trial.name not in missing], dense, arguments.out)
     found = [(trial, summary_of(trial.name, arguments.out)) for trial in chosen]
-    alone = {trial.name: arguments.out / trial.name / "stages" / f"{ALONE}.json" for trial in chosen}
-    if rows := [row(trial, summary, alone[trial.name]) for trial, summary in found if summary]:
+    if rows := [row(trial, summary) for trial, summary in found if summary]:
         cells = add_rows(rows, CSV, ("method", "removed_requested", "seed", *PROTOCOL))
         picture(protocols(cells, PROTOCOL)[0], CSV.with_suffix(".png"))
         print(tables(cells))

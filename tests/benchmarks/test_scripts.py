@@ -289,6 +289,11 @@ def test_quality_side_by_side(quality: Any, tmp_path: Path, capsys: pytest.Captu
     assert [cell["method"] for cell in cells] == ["dense", "lora", "prune-then-tune", "pat"]
     assert {(cell["prefill_speedup"], cell["decode_speedup"]) for cell in cells} == {("", "")}
     assert "Speed beside" not in capsys.readouterr().out
+    (tmp_path / "runs" / "pat-learned-0.25" / "model" / "model.safetensors").unlink()  # the shape is enough
+    timed = quality("--ratios 0.25 --jobs 2 --speed")
+    assert [float(cell["decode_speedup"] or 0) > 0 for cell in timed] == [False, False, True, True]
+    assert timed[2]["decode_speedup"] == timed[3]["decode_speedup"]  # of one shape
+    assert "Speed beside the dense model: 1 threads of" in capsys.readouterr().out
     (tmp_path / "runs" / "pat-learned-0.25" / "summary.json").unlink()
     with pytest.raises(SystemExit, match=r"1 trials are not finished: pat-learned-0\.25"):
         quality("--ratios 0.25 --jobs 2 --collect")
