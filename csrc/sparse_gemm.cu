@@ -166,7 +166,7 @@ struct Nm {
     }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      if (j > 0 && j >= tiles) break;
+      if (j > kTiles / 2 && j >= tiles) break;
       const int token = j * 8 + lane % 8;
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
@@ -362,7 +362,7 @@ struct Bitmap {
       uint2 b[kTiles];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        if (j > 0 && j >= tiles) break;
+        if (j > kTiles / 2 && j >= tiles) break;
         const int column = at.half * kTile + step * 16 + at.in_quad * 4;
         b[j] = *reinterpret_cast<const uint2*>(Tokens<T>::four(x, j * 8 + at.quad, column));
       }
@@ -373,7 +373,7 @@ struct Bitmap {
         pairs(starts.tile, rows[i][1], step, table, &a[1], &a[3]);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          if (j > 0 && j >= tiles) break;
+          if (j > kTiles / 2 && j >= tiles) break;
           ptx::mma_m16n8k16<T>(sums[i][j], a, b[j].x, b[j].y);
         }
       }
@@ -412,7 +412,7 @@ struct Sums {
     const Position at;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      if (j > 0 && j >= tiles) break;
+      if (j > kTiles / 2 && j >= tiles) break;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -466,8 +466,9 @@ struct Sums<T, Weight, 0> {
 };
 
 // Block (b, s, t): outputs 64 b .. + 64, the s-th part of the stages, the t-th kTokens tokens.
-template <typename T, typename Weight, int kTiles, int kStages>
-__global__ void __launch_bounds__(kThreads, 3)
+// kBlocks: how many shall be resident on a multiprocessor, what their shared memory allows on sm_90 and sm_100.
+template <typename T, typename Weight, int kTiles, int kStages, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
     stream(Weight weight, Tokens<T> x, Output<T> out, int64_t stages, int64_t stages_per_split) {
   PYPRUNE_SHARED_MEMORY(shared);
   using Mine = Sums<T, Weight, kTiles>;
@@ -539,7 +540,7 @@ struct Problem {
   SparsePlan plan;
   cudaStream_t queue;
 
-  template <int kTiles, int kStages>
+  template <int kTiles, int kStages, int kBlocks>
   cudaError_t run() {
     constexpr int kTokens = Sums<T, Weight, kTiles>::kTokens;
     const int64_t stages = x.inputs > 0 ? ceil_divide(x.inputs, kStageColumns) : 1;
@@ -547,26 +548,29 @@ struct Problem {
     if (splits == 1) out.partial = nullptr;
     constexpr size_t kBytes = kStages * (Weight::kBytes + kTokens * Tokens<T>::kRowBytes);
     const dim3 grid(blocks(ceil_divide(out.outputs, kRows)), blocks(splits), blocks(ceil_divide(x.tokens, kTokens)));
-    const cudaError_t error =
-        launch(stream<T, Weight, kTiles, kStages>, grid, kThreads, kBytes, queue, weight, x, out, stages, per_split);
+    const cudaError_t error = launch(stream<T, Weight, kTiles, kStages, kBlocks>, grid, kThreads, kBytes, queue, weight,
+                                     x, out, stages, per_split);
     if (error != cudaSuccess || splits == 1) return error;
     const dim3 few(blocks(ceil_divide(out.outputs, kFinishThreads)), blocks(x.tokens < 65535 ? x.tokens : 65535));
     return launch(pyprune::finish<T>, few, kFinishThreads, 0, queue, out, static_cast<int>(splits));
   }
 };
 
-// Stages in flight: as many as hide the latency of memory with three to five blocks per SM (48 KB to 75 KB a block).
+// Tiles of eight tokens, stages in flight, and blocks per multiprocessor: the fewer tokens, the more blocks find room.
 template <template <typename> class Weight, typename T>
 int run(Problem<T, Weight<T>> p) {
   constexpr bool kNm = std::is_same_v<Weight<T>, Nm<T>>;
   if (p.plan.splits < 1) return cudaErrorInvalidValue;
   if (p.x.tokens == 0 || p.out.outputs == 0) return cudaSuccess;
   if (p.plan.splits > 1 && p.out.partial == nullptr) return cudaErrorInvalidValue;
-  if (!p.plan.tensor_cores) return p.template run<0, kNm ? 4 : 2>();
+  if (!p.plan.tensor_cores) return p.template run<0, kNm ? 4 : 2, 3>();
   if constexpr (std::is_same_v<T, float>) {
     return cudaErrorInvalidValue;
   } else {
-    return p.x.tokens <= 8 ? p.template run<1, kNm ? 4 : 2>() : p.template run<8, kNm ? 3 : 2>();
+    if (p.x.tokens <= 8) return p.template run<1, kNm ? 4 : 2, 3>();
+    if (p.x.tokens <= 16) return p.template run<2, kNm ? 3 : 2, 4>();
+    if (p.x.tokens <= 32) return p.template run<4, kNm ? 3 : 2, 4>();
+    return p.template run<8, kNm ? 3 : 2, 3>();
   }
 }
 

@@ -17,7 +17,9 @@ from pyprune.reference.bits import pack_bits
 
 SOURCE = ROOT / "csrc/sparse_gemm.cu"
 BUSY = Shape(5, 1160, 72)  # Five stages a part: the last one lies where the first did. A rest everywhere.
-MORE_TOKENS = Shape(11, 520, 72)
+MORE_TOKENS = (Shape(11, 520, 72), Shape(20, 520, 72), Shape(40, 520, 72))  # The kernels for up to 16, 32 and 64.
+EDGES = (8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40, 41, 64, 65)
+"""Tokens: where one kernel ends and the next begins, and where tiles of eight are left out."""
 FORMATS = [product for product in PRODUCTS if product.dtype == torch.bfloat16 and product.splits == 2]
 
 
@@ -30,6 +32,19 @@ def test_agrees_with_fp64(
     tensors = product.inputs(shape)
     with emulator.using(schedule):
         product.check(tensors, product.run(launchers, shape, tensors))
+
+
+@pytest.mark.parametrize("product", FORMATS, ids=str)
+@pytest.mark.parametrize("tokens", EDGES)
+@pytest.mark.parametrize("inputs, outputs", [(384, 64), (300, 70)], ids=["whole pieces", "rests"])
+def test_every_kernel_up_to_its_last_token(
+    emulator: Emulator, launchers: Launchers, inputs: int, outputs: int, tokens: int, product: Product
+) -> None:
+    shape = Shape(tokens, inputs, outputs)
+    tensors = product.inputs(shape)
+    for schedule in (LAZY, EAGER_GREEDY):
+        with emulator.using(schedule):
+            product.check(tensors, product.run(launchers, shape, tensors))
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
@@ -57,7 +72,7 @@ def test_the_sparsest_and_the_densest(launchers: Launchers, product: Product, va
 
 
 @pytest.mark.parametrize("product", FORMATS, ids=str)
-@pytest.mark.parametrize("shape", [BUSY, MORE_TOKENS], ids=str)
+@pytest.mark.parametrize("shape", [BUSY, *MORE_TOKENS], ids=str)
 def test_bitwise_the_same_in_every_schedule(
     emulator: Emulator, launchers: Launchers, shape: Shape, product: Product
 ) -> None:
