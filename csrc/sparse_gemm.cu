@@ -52,36 +52,50 @@ struct Position {
 // four rows at two neighbouring chunks (8-byte loads of half a warp), lie in different banks.
 __device__ __forceinline__ int swizzle(int row, int chunk) { return chunk ^ ((row & 3) << 1 | (row >> 2 & 1)); }
 
-// kChunks chunks of kCount rows from `source` on into shared memory, with zeros where rows or columns end.
+// What a thread copies of every stage of a matrix: kChunks chunks of each of kCount rows, with zeros where rows or
+// columns end. Stages lie side by side, so that only a pointer and the columns left move on from one to the next.
 // `aligned`: a chunk is wholly valid or not, and on a 16-byte boundary.
 template <typename T, int kChunks, int kCount>
-__device__ __forceinline__ void load_rows(unsigned char* shared, const T* source, int64_t pitch, int64_t rows_left,
-                                          int64_t columns_left, bool aligned) {
-  constexpr int kStep = kThreads / kChunks;
+struct Rows {
+  static constexpr int kStep = kThreads / kChunks;
   static_assert(kStep % 8 == 0 || kStep >= kCount, "a thread's rows share one permutation");
-  const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-  const int64_t left = columns_left - chunk * kVector<T>;
-  unsigned char* target = shared + (first * kChunks + swizzle(first, chunk)) * 16;
-  const T* from = source + first * pitch + chunk * kVector<T>;
-  if (aligned) {
-    const int64_t inside = left > 0 ? rows_left - first : 0;
+  const T* from;
+  int64_t pitch;
+  int rows, columns;  // left, from the thread's first row and column on
+  bool aligned;
+
+  __device__ __forceinline__ Rows(const T* source, int64_t pitch_, int64_t rows_left, int64_t columns_left,
+                                  bool aligned_)
+      : from(source + threadIdx.x / kChunks * pitch_ + threadIdx.x % kChunks * kVector<T>),
+        pitch(pitch_),
+        rows(static_cast<int>(rows_left < kCount ? rows_left : kCount) - static_cast<int>(threadIdx.x / kChunks)),
+        columns(static_cast<int>(columns_left) - static_cast<int>(threadIdx.x % kChunks * kVector<T>)),
+        aligned(aligned_) {}
+
+  __device__ __forceinline__ void load(unsigned char* shared) {
+    const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    unsigned char* target = shared + (first * kChunks + swizzle(first, chunk)) * 16;
+    if (aligned) {
+      const int inside = columns > 0 ? rows : 0;
 #pragma unroll
-    for (int row = 0; row < kCount; row += kStep) {
-      if (kCount < kStep && first >= kCount) break;
-      ptx::cp_async_16(target + row * kChunks * 16, row < inside ? from : source, row < inside ? 16 : 0);
-      from += kStep * pitch;
+      for (int row = 0; row < kCount; row += kStep) {
+        if (kCount < kStep && first >= kCount) break;
+        // Of a row that does not exist no byte is read.
+        ptx::cp_async_16(target + row * kChunks * 16, from + row * pitch, row < inside ? 16 : 0);
+      }
+    } else {
+      const int valid = columns >= kVector<T> ? kVector<T> : columns;
+      for (int row = 0; row < kCount && first + row < kCount; row += kStep) {
+        T* elements = reinterpret_cast<T*>(target + row * kChunks * 16);
+        for (int i = 0; i < kVector<T>; ++i) {
+          elements[i] = row < rows && i < valid ? from[row * pitch + i] : from_float<T>(0.0f);
+        }
+      }
     }
-    return;
+    from += kChunks * kVector<T>;
+    columns -= kChunks * kVector<T>;
   }
-  const int valid = left >= kVector<T> ? kVector<T> : left > 0 ? static_cast<int>(left) : 0;
-  for (int row = 0; row < kCount && first + row < kCount; row += kStep) {
-    T* elements = reinterpret_cast<T*>(target + row * kChunks * 16);
-    for (int i = 0; i < kVector<T>; ++i) {
-      elements[i] = row < rows_left - first && i < valid ? from[i] : from_float<T>(0.0f);
-    }
-    from += kStep * pitch;
-  }
-}
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The tokens of a stage: kStageColumns columns of x
@@ -96,9 +110,8 @@ struct Tokens {
   bool aligned;
 
   template <int kRows>
-  __device__ __forceinline__ void load(unsigned char* shared, int64_t token0, int64_t column0) const {
-    load_rows<T, kChunks, kRows>(shared, x + token0 * inputs + column0, inputs, tokens - token0, inputs - column0,
-                                 aligned);
+  __device__ __forceinline__ Rows<T, kChunks, kRows> source(int64_t token0, int64_t column0) const {
+    return {x + token0 * inputs + column0, inputs, tokens - token0, inputs - column0, aligned};
   }
 
   // Four neighbouring elements, from a column that is a multiple of four.
@@ -117,6 +130,7 @@ struct Nm {
   static constexpr int kChunks = kStageColumns / 2 / kVector<T>;
   static constexpr int kRowBytes = kChunks * 16;
   static constexpr int kMetadataRowBytes = kStageColumns / 8;
+  static_assert(kMetadataRowBytes == 16 && kThreads == 2 * kRows, "two threads copy the metadata of a row");
   static constexpr int kBytes = kRows * (kRowBytes + kMetadataRowBytes);
   static constexpr unsigned kNoPlaces = 0x44;  // Places 0 and 1, twice: what stands for weights that do not exist.
 
@@ -125,24 +139,39 @@ struct Nm {
   int64_t outputs, inputs;
   bool aligned;
 
-  __device__ __forceinline__ void load(unsigned char* shared, int64_t row0, int64_t column0) const {
-    const int64_t rows_left = outputs - row0, kept = inputs / 2;
-    load_rows<T, kChunks, kRows>(shared, values + row0 * kept + column0 / 2, kept, rows_left, kept - column0 / 2,
-                                 aligned);
-    const int row = threadIdx.x / 2, piece = threadIdx.x % 2;  // Eight bytes of metadata a thread, for 64 columns.
-    const int64_t pitch = ceil_divide(inputs, 8), byte = column0 / 8 + piece * 8;
-    unsigned char* target = shared + kRows * kRowBytes + row * kMetadataRowBytes + piece * 8;
-    const uint8_t* source = metadata + (row0 + row) * pitch + byte;
-    if (aligned && row < rows_left && byte < pitch) {
-      ptx::cp_async_8(target, source, 8);
-      return;
+  // What a thread copies of every stage, the first one from column0 on.
+  struct Source {
+    Rows<T, kChunks, kRows> values;
+    const uint8_t* metadata;  // Eight bytes a thread, for 64 columns.
+    int bytes;                // left; none of a row that does not exist
+    bool half_byte;           // ends the row
+
+    __device__ __forceinline__ Source(const Nm& weight, int64_t row0, int64_t column0)
+        : values(weight.values + row0 * (weight.inputs / 2) + column0 / 2, weight.inputs / 2, weight.outputs - row0,
+                 (weight.inputs - column0) / 2, weight.aligned),
+          half_byte(weight.inputs % 8 == 4) {
+      const int64_t row = row0 + threadIdx.x / 2, pitch = ceil_divide(weight.inputs, 8);
+      const int64_t byte = column0 / 8 + threadIdx.x % 2 * 8;
+      metadata = weight.metadata + row * pitch + byte;
+      bytes = row < weight.outputs ? static_cast<int>(pitch - byte) : 0;
     }
-    for (int i = 0; i < 8; ++i) {
-      unsigned places = row < rows_left && byte + i < pitch ? source[i] : kNoPlaces;
-      if (inputs % 8 == 4 && byte + i == pitch - 1) places = (places & 0xf) | (kNoPlaces & 0xf0);  // Half a byte.
-      target[i] = static_cast<unsigned char>(places);
+
+    __device__ __forceinline__ void load(unsigned char* shared) {
+      values.load(shared);
+      unsigned char* target = shared + kRows * kRowBytes + threadIdx.x * 8;
+      if (values.aligned && bytes > 0) {
+        ptx::cp_async_8(target, metadata, 8);
+      } else {
+        for (int i = 0; i < 8; ++i) {
+          unsigned places = i < bytes ? metadata[i] : kNoPlaces;
+          if (half_byte && i == bytes - 1) places = (places & 0xf) | (kNoPlaces & 0xf0);
+          target[i] = static_cast<unsigned char>(places);
+        }
+      }
+      metadata += kMetadataRowBytes;
+      bytes -= kMetadataRowBytes;
     }
-  }
+  };
 
   // On tensor cores: a word of metadata per lane serves two products (see ptx.cuh).
   template <int kTiles>
@@ -239,24 +268,52 @@ struct Bitmap {
   const int64_t* offsets;
   int64_t tile_columns;
 
-  // Half of the threads for each tile.
-  __device__ __forceinline__ void load(unsigned char* shared, int64_t row0, int64_t column0) const {
-    const int half = threadIdx.x / 64, thread = threadIdx.x % 64;
-    const int64_t column = column0 / kTile + half, tile = row0 / kTile * tile_columns + column;
-    const bool inside = column < tile_columns;
-    unsigned char* target = shared + half * kTileBytes;
-    if (thread < kBitmapBytes / 16) {
-      const uint8_t* bits = bitmap + (inside ? tile * kBitmapBytes + thread * 16 : 0);
-      ptx::cp_async_16(target + kTileElements * sizeof(T) + thread * 16, bits, inside ? 16 : 0);
+  // What a thread copies of every stage, the first one from column0 on: half of the threads for each tile. Where a
+  // tile's values lie is read one stage ahead, so that no copy waits for it.
+  struct Source {
+    const uint8_t* bits;     // of the next tile
+    const int64_t* offsets;  // of the tile behind
+    const T* values;
+    int64_t first, past;  // the places of the next tile's values
+    int tiles;            // left in the row
+
+    __device__ __forceinline__ Source(const Bitmap& weight, int64_t row0, int64_t column0)
+        : values(weight.values), first(0), past(0) {
+      const int64_t column = column0 / kTile + threadIdx.x / 64, tile = row0 / kTile * weight.tile_columns + column;
+      bits = weight.bitmap + tile * kBitmapBytes + threadIdx.x % 64 * 16;
+      offsets = weight.offsets + tile;
+      tiles = static_cast<int>(weight.tile_columns - column);
+      look_ahead();
     }
-    if (!inside) return;
-    const int64_t first = __ldg(offsets + tile), past = __ldg(offsets + tile + 1);
-    const int chunks = static_cast<int>(past - first) / kVector<T>;
+
+    __device__ __forceinline__ void look_ahead() {
+      if (tiles > 0) {
+        first = __ldg(offsets);
+        past = __ldg(offsets + 1);
+      }
+      offsets += 2;
+    }
+
+    __device__ __forceinline__ void load(unsigned char* shared) {
+      const int thread = threadIdx.x % 64;
+      unsigned char* target = shared + threadIdx.x / 64 * kTileBytes + thread * 16;
+      if (thread < kBitmapBytes / 16) ptx::cp_async_16(target + kTileElements * sizeof(T), bits, tiles > 0 ? 16 : 0);
+      if (tiles > 0) {
+        const T* from = values + first + thread * kVector<T>;
+        int left = static_cast<int>(static_cast<unsigned>(past - first) / kVector<T>) - thread;
 #pragma unroll 1
-    for (int chunk = thread; chunk < chunks; chunk += 64) {
-      ptx::cp_async_16(target + chunk * 16, values + first + chunk * kVector<T>, 16);
+        for (; left > 0; left -= 128) {
+          ptx::cp_async_16(target, from, 16);
+          if (left > 64) ptx::cp_async_16(target + 64 * 16, from + 64 * kVector<T>, 16);
+          target += 128 * 16;
+          from += 128 * kVector<T>;
+        }
+      }
+      bits += 2 * kBitmapBytes;
+      tiles -= 2;
+      look_ahead();
     }
-  }
+  };
 
   // What a warp knows of its tile: the places where the values of rows 2 lane (low half) and 2 lane + 1 begin.
   struct Starts {
@@ -480,12 +537,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int tiles = (tokens + 7) / 8;
   constexpr int kStageBytes = Weight::kBytes + Mine::kTokens * Tokens<T>::kRowBytes;
 
+  typename Weight::Source weights(weight, row0, first * kStageColumns);
+  auto rows = x.template source<Mine::kTokens>(token0, first * kStageColumns);
   const auto load = [&](int step) {
     if (step < count) {
       unsigned char* stage = shared + step % kStages * kStageBytes;
-      const int64_t column0 = (first + step) * kStageColumns;
-      weight.load(stage, row0, column0);
-      x.template load<Mine::kTokens>(stage + Weight::kBytes, token0, column0);
+      weights.load(stage);
+      rows.load(stage + Weight::kBytes);
     }
     ptx::cp_async_commit();  // Also when empty, so that the wait below can count groups.
   };
