@@ -244,9 +244,13 @@ struct Nm {
 // Bitmap
 // ---------------------------------------------------------------------------------------------------------------------
 
-// For each set of four columns, the `prmt` selectors that spread values v0 v1 v2 v3 over them, two columns in each half
-// of the word. Of four values at most three are used, unless all are: so v3 can be made zero, and stand for the rest.
+// For each set of four columns, the `prmt` selectors that spread values v0 v1 v2 and a zero over them, two columns in
+// each half of the word. Where all four are kept the last column takes its value v3 from elsewhere: the selectors give
+// it zero by another number, which makes them the only ones from kAll on.
+constexpr uint32_t kAll = 0x77000000;
+
 __device__ __forceinline__ uint32_t selectors_of(unsigned bits) {
+  if (bits == 15) return kAll | 0x543210;
   uint32_t selectors = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -315,36 +319,37 @@ struct Bitmap {
     }
   };
 
-  // What a warp knows of its tile: the places where the values of rows 2 lane (low half) and 2 lane + 1 begin.
+  // What a warp knows of its tile, in bytes from the start of shared memory, so that an address is one addition: where
+  // the tile is, and where in it the values of rows 2 lane (low half) and 2 lane + 1 begin.
   struct Starts {
-    const unsigned char* tile;
-    unsigned mine;
+    unsigned tile, mine;
 
-    __device__ __forceinline__ explicit Starts(const unsigned char* shared)
-        : tile(shared + Position().half * kTileBytes) {
-      const uint4 bits = reinterpret_cast<const uint4*>(tile + kTileElements * sizeof(T))[threadIdx.x % 32];
+    __device__ __forceinline__ explicit Starts(const unsigned char* shared) {
+      PYPRUNE_SHARED_MEMORY(memory);
+      tile = static_cast<unsigned>(shared - memory) + Position().half * kTileBytes;
+      const uint4 bits = reinterpret_cast<const uint4*>(memory + tile + kTileElements * sizeof(T))[threadIdx.x % 32];
       const int first = __popc(bits.x) + __popc(bits.y), second = __popc(bits.z) + __popc(bits.w);
       const unsigned start = static_cast<unsigned>(scan_warp(first + second) - first - second);
-      mine = start | (start + first) << 16;
+      mine = (start | (start + first) << 16) * sizeof(T);
     }
     __device__ __forceinline__ unsigned of(int row) const {
-      return __shfl_sync(kFullWarp, mine, row / 2) >> (row % 2 * 16) & 0xffff;
+      return tile + ptx::prmt(__shfl_sync(kFullWarp, mine, row / 2), 0, row % 2 == 0 ? 0x4410 : 0x4432);
     }
   };
 
   // A row of the warp's tile, of which this lane takes columns 16 step + 4 in_quad .. + 4 for step < 4.
   struct Row {
     uint2 bits;
-    unsigned start, middle;  // Where in the tile the values of columns 0 and 32 begin, in bytes.
+    unsigned start, middle;  // Where the values of columns 0 and 32 begin, as above.
 
     Row() = default;
-    __device__ __forceinline__ Row(const Starts& starts, int row)
-        : bits(reinterpret_cast<const uint2*>(starts.tile + kTileElements * sizeof(T))[row]),
-          start(starts.of(row) * sizeof(T)) {
+    __device__ __forceinline__ Row(const Starts& starts, int row) : start(starts.of(row)) {
+      PYPRUNE_SHARED_MEMORY(memory);
+      bits = reinterpret_cast<const uint2*>(memory + starts.tile + kTileElements * sizeof(T))[row];
       middle = start + __popc(bits.x) * sizeof(T);
     }
 
-    // The bits of the lane's four columns as the lowest ones, and where their values begin, in bytes.
+    // The bits of the lane's four columns as the lowest ones, and where their values begin.
     __device__ __forceinline__ unsigned four_bits(int step, unsigned* first) const {
       const unsigned word = step < 2 ? bits.x : bits.y, shift = step % 2 * 16 + threadIdx.x % 4 * 4;
       *first = (step < 2 ? start : middle) + __popc(word & ((1u << shift) - 1)) * sizeof(T);
@@ -353,31 +358,27 @@ struct Bitmap {
   };
 
   // The four columns of a 16-bit type as two pairs. `table` is selectors_of(lane % 16), so that a shuffle looks it up.
-  static __device__ __forceinline__ void pairs(const unsigned char* tile, const Row& row, int step, uint32_t table,
-                                               uint32_t* low, uint32_t* high) {
+  static __device__ __forceinline__ void pairs(const Row& row, int step, uint32_t table, uint32_t* low,
+                                               uint32_t* high) {
+    PYPRUNE_SHARED_MEMORY(memory);
     unsigned first;
     const unsigned bits = row.four_bits(step, &first);
     const uint32_t selectors = __shfl_sync(kFullWarp, table, bits);  // The lane is bits % 32.
-    const bool all = (~bits & 15) == 0;
-    const auto* words = reinterpret_cast<const uint32_t*>(tile + (first & ~3u));
-    uint32_t third = 0;
-    if (all) third = words[2];
+    const auto* words = reinterpret_cast<const uint32_t*>(memory + (first & ~3u));
     const uint32_t left = __funnelshift_r(words[0], words[1], first * 8);  // Values may begin inside a word.
-    uint32_t right = __funnelshift_r(words[1], third, first * 8);
-    if (!all) right &= 0xffff;
+    const uint32_t right = __funnelshift_r(words[1], 0u, first * 8) & 0xffff;
     *low = ptx::prmt(left, right, selectors);
     *high = ptx::prmt(left, right, selectors >> 16);
+    if (selectors >= kAll) *high = ptx::prmt(*high, *reinterpret_cast<const uint16_t*>(memory + first + 6), 0x5410);
   }
 
   struct PlainRows {
-    const unsigned char* tile;
     Row rows[4];
     uint32_t table;
 
     __device__ __forceinline__ explicit PlainRows(const unsigned char* shared) : table(selectors_of(threadIdx.x % 16)) {
       const Position at;
       const Starts starts(shared);
-      tile = starts.tile;
 #pragma unroll
       for (int i = 0; i < 4; ++i) rows[i] = Row(starts, at.row0 + i * 8 + at.quad);
     }
@@ -385,7 +386,8 @@ struct Bitmap {
       if constexpr (std::is_same_v<T, float>) {
         unsigned first;
         const unsigned bits = rows[i].four_bits(step, &first);
-        const auto* value = reinterpret_cast<const float*>(tile + first);
+        PYPRUNE_SHARED_MEMORY(memory);
+        const auto* value = reinterpret_cast<const float*>(memory + first);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           out[c] = 0.0f;
@@ -396,7 +398,7 @@ struct Bitmap {
           uint32_t words[2];
           T elements[4];
         };
-        pairs(tile, rows[i], step, table, &words[0], &words[1]);
+        pairs(rows[i], step, table, &words[0], &words[1]);
 #pragma unroll
         for (int c = 0; c < 4; ++c) out[c] = to_float(elements[c]);
       }
@@ -409,8 +411,13 @@ struct Bitmap {
   static __device__ __forceinline__ void multiply(float (&sums)[2][kTiles][4], int tiles, const unsigned char* shared,
                                                   const unsigned char* x) {
     const Position at;
+    PYPRUNE_SHARED_MEMORY(memory);
     const uint32_t table = selectors_of(threadIdx.x % 16);
     const Starts starts(shared);
+    // Where the lane's columns of its first token are: 32 bytes further with each step, and so, as bits 5 and 6 of what
+    // is swizzled are those of the step, and tokens begin at multiples of 128.
+    const auto tokens = static_cast<unsigned>(
+        reinterpret_cast<const unsigned char*>(Tokens<T>::four(x, at.quad, at.half * kTile + at.in_quad * 4)) - memory);
     Row rows[2][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) rows[i / 2][i % 2] = Row(starts, at.row0 + i * 8 + at.quad);
@@ -420,14 +427,13 @@ struct Bitmap {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         if (j > kTiles / 2 && j >= tiles) break;
-        const int column = at.half * kTile + step * 16 + at.in_quad * 4;
-        b[j] = *reinterpret_cast<const uint2*>(Tokens<T>::four(x, j * 8 + at.quad, column));
+        b[j] = *reinterpret_cast<const uint2*>(memory + (tokens ^ step * 32) + j * 8 * Tokens<T>::kRowBytes);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         uint32_t a[4];
-        pairs(starts.tile, rows[i][0], step, table, &a[0], &a[2]);
-        pairs(starts.tile, rows[i][1], step, table, &a[1], &a[3]);
+        pairs(rows[i][0], step, table, &a[0], &a[2]);
+        pairs(rows[i][1], step, table, &a[1], &a[3]);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           if (j > kTiles / 2 && j >= tiles) break;
@@ -536,6 +542,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int tokens = tokens_left < Mine::kTokens ? static_cast<int>(tokens_left) : Mine::kTokens;
   const int tiles = (tokens + 7) / 8;
   constexpr int kStageBytes = Weight::kBytes + Mine::kTokens * Tokens<T>::kRowBytes;
+  static_assert(Weight::kBytes % 128 == 0 && kStageBytes % 128 == 0, "addresses in x are exclusive ors");
 
   typename Weight::Source weights(weight, row0, first * kStageColumns);
   auto rows = x.template source<Mine::kTokens>(token0, first * kStageColumns);
