@@ -114,10 +114,9 @@ struct Tokens {
     return {x + token0 * inputs + column0, inputs, tokens - token0, inputs - column0, aligned};
   }
 
-  // Four neighbouring elements, from a column that is a multiple of four.
-  static __device__ __forceinline__ const T* four(const unsigned char* shared, int token, int column) {
-    return reinterpret_cast<const T*>(shared + token * kRowBytes + swizzle(token, column / kVector<T>) * 16) +
-           column % kVector<T>;
+  // Where four neighbouring elements are, from a column that is a multiple of four.
+  static __device__ __forceinline__ unsigned four(int token, int column) {
+    return token * kRowBytes + swizzle(token, column / kVector<T>) * 16 + column % kVector<T> * sizeof(T);
   }
 };
 
@@ -175,11 +174,11 @@ struct Nm {
 
   // On tensor cores: a word of metadata per lane serves two products (see ptx.cuh).
   template <int kTiles>
-  static __device__ __forceinline__ void multiply(float (&sums)[2][kTiles][4], int tiles, const unsigned char* shared,
-                                                  const unsigned char* x) {
+  static __device__ __forceinline__ void multiply(float (&sums)[2][kTiles][4], int tiles, unsigned weight, unsigned x) {
+    PYPRUNE_SHARED_MEMORY(memory);
     const Position at;
     const int lane = threadIdx.x % 32;
-    const unsigned char* metadata = shared + kRows * kRowBytes;
+    const unsigned char *shared = memory + weight, *metadata = shared + kRows * kRowBytes;
     uint32_t a[2][2][4], places[2];  // [16 rows][32 columns]
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -201,7 +200,7 @@ struct Nm {
       for (int k = 0; k < 2; ++k) {
         uint32_t b[4];
         const int chunk = at.half * 8 + k * 4 + lane / 8;
-        ptx::ldmatrix_x4(b, x + token * Tokens<T>::kRowBytes + swizzle(token, chunk) * 16);
+        ptx::ldmatrix_x4(b, memory + x + token * Tokens<T>::kRowBytes + swizzle(token, chunk) * 16);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (k == 0) {
@@ -219,12 +218,14 @@ struct Nm {
     const unsigned char* values;
     uint2 places[4];
 
-    __device__ __forceinline__ explicit PlainRows(const unsigned char* shared) : values(shared) {
+    __device__ __forceinline__ explicit PlainRows(unsigned weight) {
+      PYPRUNE_SHARED_MEMORY(memory);
+      values = memory + weight;
       const Position at;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = at.row0 + i * 8 + at.quad;
-        places[i] = reinterpret_cast<const uint2*>(shared + kRows * kRowBytes + row * kMetadataRowBytes)[at.half];
+        places[i] = reinterpret_cast<const uint2*>(values + kRows * kRowBytes + row * kMetadataRowBytes)[at.half];
       }
     }
     __device__ __forceinline__ void four(int i, int step, float (&out)[4]) const {
@@ -324,9 +325,8 @@ struct Bitmap {
   struct Starts {
     unsigned tile, mine;
 
-    __device__ __forceinline__ explicit Starts(const unsigned char* shared) {
+    __device__ __forceinline__ explicit Starts(unsigned weight) : tile(weight + Position().half * kTileBytes) {
       PYPRUNE_SHARED_MEMORY(memory);
-      tile = static_cast<unsigned>(shared - memory) + Position().half * kTileBytes;
       const uint4 bits = reinterpret_cast<const uint4*>(memory + tile + kTileElements * sizeof(T))[threadIdx.x % 32];
       const int first = __popc(bits.x) + __popc(bits.y), second = __popc(bits.z) + __popc(bits.w);
       const unsigned start = static_cast<unsigned>(scan_warp(first + second) - first - second);
@@ -376,9 +376,9 @@ struct Bitmap {
     Row rows[4];
     uint32_t table;
 
-    __device__ __forceinline__ explicit PlainRows(const unsigned char* shared) : table(selectors_of(threadIdx.x % 16)) {
+    __device__ __forceinline__ explicit PlainRows(unsigned weight) : table(selectors_of(threadIdx.x % 16)) {
       const Position at;
-      const Starts starts(shared);
+      const Starts starts(weight);
 #pragma unroll
       for (int i = 0; i < 4; ++i) rows[i] = Row(starts, at.row0 + i * 8 + at.quad);
     }
@@ -408,16 +408,14 @@ struct Bitmap {
   // On tensor cores. A product sums over 16 columns in any order, the same on both sides: a lane's two pairs are four
   // neighbouring columns, of W and of x.
   template <int kTiles>
-  static __device__ __forceinline__ void multiply(float (&sums)[2][kTiles][4], int tiles, const unsigned char* shared,
-                                                  const unsigned char* x) {
-    const Position at;
+  static __device__ __forceinline__ void multiply(float (&sums)[2][kTiles][4], int tiles, unsigned weight, unsigned x) {
     PYPRUNE_SHARED_MEMORY(memory);
+    const Position at;
     const uint32_t table = selectors_of(threadIdx.x % 16);
-    const Starts starts(shared);
+    const Starts starts(weight);
     // Where the lane's columns of its first token are: 32 bytes further with each step, and so, as bits 5 and 6 of what
     // is swizzled are those of the step, and tokens begin at multiples of 128.
-    const auto tokens = static_cast<unsigned>(
-        reinterpret_cast<const unsigned char*>(Tokens<T>::four(x, at.quad, at.half * kTile + at.in_quad * 4)) - memory);
+    const unsigned tokens = x + Tokens<T>::four(at.quad, at.half * kTile + at.in_quad * 4);
     Row rows[2][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) rows[i / 2][i % 2] = Row(starts, at.row0 + i * 8 + at.quad);
@@ -466,7 +464,7 @@ struct Sums {
   static constexpr int kTokens = kTiles * 8;
   float values[2][kTiles][4] = {};
 
-  __device__ __forceinline__ void add(const unsigned char* weight, const unsigned char* x, int tiles) {
+  __device__ __forceinline__ void add(unsigned weight, unsigned x, int tiles) {
     Weight::multiply(values, tiles, weight, x);
   }
   // put(row, token, sum) for everything that this thread has.
@@ -492,7 +490,8 @@ struct Sums<T, Weight, 0> {
   static constexpr int kTokens = kPlainTokens;
   float values[4][kPlainTokens] = {};
 
-  __device__ __forceinline__ void add(const unsigned char* weight, const unsigned char* x, int) {
+  __device__ __forceinline__ void add(unsigned weight, unsigned x, int) {
+    PYPRUNE_SHARED_MEMORY(memory);
     const Position at;
     const typename Weight::PlainRows rows(weight);
 #pragma unroll
@@ -502,7 +501,8 @@ struct Sums<T, Weight, 0> {
       for (int i = 0; i < 4; ++i) rows.four(i, step, left[i]);
 #pragma unroll
       for (int token = 0; token < kPlainTokens; ++token) {
-        const T* right = Tokens<T>::four(x, token, at.half * kTile + step * 16 + at.in_quad * 4);
+        const unsigned four = Tokens<T>::four(token, at.half * kTile + step * 16 + at.in_quad * 4);
+        const T* right = reinterpret_cast<const T*>(memory + x + four);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           const float factor = to_float(right[c]);
@@ -560,7 +560,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // This stage has arrived for all; all are done with the one that is loaded next.
     load(step + kStages - 1);
-    const unsigned char* stage = shared + step % kStages * kStageBytes;
+    const unsigned stage = step % kStages * kStageBytes;
     sums.add(stage, stage + Weight::kBytes, tiles);
   }
   __syncthreads();  // The last stage is read; its memory takes the sums of both halves, [half][token][row].
