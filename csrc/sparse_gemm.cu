@@ -632,8 +632,8 @@ int run(Problem<T, Weight<T>> p) {
   if constexpr (std::is_same_v<T, float>) {
     return cudaErrorInvalidValue;
   } else {
-    if (p.x.tokens <= 8) return p.template run<1, kNm ? 4 : 2, 3>();
-    if (p.x.tokens <= 16) return p.template run<2, kNm ? 3 : 2, 4>();
+    if (p.x.tokens <= 8) return p.template run<1, kNm ? 4 : 2, 5>();
+    if (p.x.tokens <= 16) return p.template run<2, kNm ? 3 : 2, 5>();
     if (p.x.tokens <= 32) return p.template run<4, kNm ? 3 : 2, 4>();
     return p.template run<8, kNm ? 3 : 2, 3>();
   }
