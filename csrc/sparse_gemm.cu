@@ -138,6 +138,9 @@ struct Nm {
   int64_t outputs, inputs;
   bool aligned;
 
+  // The i-th of the four rows that a quad has of the warp's 32.
+  static __device__ __forceinline__ int row_of(const Position& at, int i) { return at.row0 + i * 8 + at.quad; }
+
   // What a thread copies of every stage, the first one from column0 on.
   struct Source {
     Rows<T, kChunks, kRows> values;
@@ -224,13 +227,13 @@ struct Nm {
       const Position at;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = at.row0 + i * 8 + at.quad;
+        const int row = row_of(at, i);
         places[i] = reinterpret_cast<const uint2*>(values + kRows * kRowBytes + row * kMetadataRowBytes)[at.half];
       }
     }
     __device__ __forceinline__ void four(int i, int step, float (&out)[4]) const {
       const Position at;
-      const int row = at.row0 + i * 8 + at.quad, value = at.half * 32 + step * 8 + at.in_quad * 2;
+      const int row = row_of(at, i), value = at.half * 32 + step * 8 + at.in_quad * 2;
       const unsigned mine = (step < 2 ? places[i].x : places[i].y) >> (step % 2 * 16 + at.in_quad * 4);
       const T* pair = reinterpret_cast<const T*>(values + row * kRowBytes + swizzle(row, value / kVector<T>) * 16) +
                       value % kVector<T>;
@@ -272,6 +275,13 @@ struct Bitmap {
   const uint8_t* bitmap;
   const int64_t* offsets;
   int64_t tile_columns;
+
+  // The i-th of the four rows that a quad has of the warp's 32. At 50 % a row's values are half of the banks: of eight
+  // neighbouring rows four would begin in the same bank, give or take two or three. Rows 0, 1, 8, 9, 16, ... spread
+  // more.
+  static __device__ __forceinline__ int row_of(const Position& at, int i) {
+    return at.row0 + at.quad / 2 * 8 + i * 2 + at.quad % 2;
+  }
 
   // What a thread copies of every stage, the first one from column0 on: half of the threads for each tile. Where a
   // tile's values lie is read one stage ahead, so that no copy waits for it.
@@ -380,7 +390,7 @@ struct Bitmap {
       const Position at;
       const Starts starts(weight);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) rows[i] = Row(starts, at.row0 + i * 8 + at.quad);
+      for (int i = 0; i < 4; ++i) rows[i] = Row(starts, row_of(at, i));
     }
     __device__ __forceinline__ void four(int i, int step, float (&out)[4]) const {
       if constexpr (std::is_same_v<T, float>) {
@@ -418,7 +428,7 @@ struct Bitmap {
     const unsigned tokens = x + Tokens<T>::four(at.quad, at.half * kTile + at.in_quad * 4);
     Row rows[2][2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rows[i / 2][i % 2] = Row(starts, at.row0 + i * 8 + at.quad);
+    for (int i = 0; i < 4; ++i) rows[i / 2][i % 2] = Row(starts, row_of(at, i));
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       uint2 b[kTiles];
@@ -478,7 +488,7 @@ struct Sums {
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          put(at.row0 + i * 16 + e / 2 * 8 + at.quad, j * 8 + at.in_quad * 2 + e % 2, values[i][j][e]);
+          put(Weight::row_of(at, i * 2 + e / 2), j * 8 + at.in_quad * 2 + e % 2, values[i][j][e]);
         }
       }
     }
@@ -522,7 +532,7 @@ struct Sums<T, Weight, 0> {
         float sum = values[i][token];  // Of a quarter of the columns.
         sum += __shfl_xor_sync(kFullWarp, sum, 1);
         sum += __shfl_xor_sync(kFullWarp, sum, 2);
-        if (at.in_quad == token) put(at.row0 + i * 8 + at.quad, token, sum);
+        if (at.in_quad == token) put(Weight::row_of(at, i), token, sum);
       }
     }
   }
