@@ -5,11 +5,11 @@
 // 64 columns. W takes the left side of the products, so that tokens fill the short side (8) of the tensor cores'.
 //
 //   kernel                         bytes per weight   floor, 4096 x 11008   instructions per weight, of   shared memory
-//   stream<Nm>, 1-8 tokens         1 + 1/8            15 us                  3                       10   44 KB
-//   stream<Nm>, 9-64               1 + 1/8            15 us                  4 at 64 tokens          10   75 KB
-//   stream<Bitmap>, 1-8            2 (1 - s) + 1/8    15 us at s = 0.5       9                       10   38 KB
-//   stream<Bitmap>, 9-64           2 (1 - s) + 1/8    15 us at s = 0.5      11 at 64 tokens          10   66 KB
-//   stream<Nm>, plain, fp32        2 + 1/8            29 us                 16 for 4 tokens          19   76 KB
+//   stream<Nm>, 1-8 tokens         1 + 1/8            15 us                  2.5                     10   44 KB
+//   stream<Nm>, 9-16 / 32 / 64     1 + 1/8            15 us                  4 at 64 tokens          10   39 / 51 / 75
+//   KB stream<Bitmap>, 1-8            2 (1 - s) + 1/8    15 us at s = 0.5       8                       10   38 KB
+//   stream<Bitmap>, 9-16 / 32 / 64 2 (1 - s) + 1/8    15 us at s = 0.5      10 at 64 tokens          10   42 / 50 / 66
+//   KB stream<Nm>, plain, fp32        2 + 1/8            29 us                 16 for 4 tokens          19   76 KB
 //   stream<Bitmap>, plain, fp32    4 (1 - s) + 1/8    29 us at s = 0.5      18 for 4 tokens          19   70 KB
 //   finish                         4 splits a result, written before, read here, from L2                  none
 //
@@ -539,7 +539,7 @@ struct Sums<T, Weight, 0> {
 };
 
 // Block (b, s, t): outputs 64 b .. + 64, the s-th part of the stages, the t-th kTokens tokens.
-// kBlocks: how many shall be resident on a multiprocessor, what their shared memory allows on sm_90 and sm_100.
+// kBlocks: how many the registers shall leave room for on a multiprocessor.
 template <typename T, typename Weight, int kTiles, int kStages, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     stream(Weight weight, Tokens<T> x, Output<T> out, int64_t stages, int64_t stages_per_split) {
@@ -631,7 +631,8 @@ struct Problem {
   }
 };
 
-// Tiles of eight tokens, stages in flight, and blocks per multiprocessor: the fewer tokens, the more blocks find room.
+// Tiles of eight tokens, stages in flight, blocks: the fewer tokens, the more blocks find room, in shared memory too.
+// 2:4 needs fewer registers than its bound leaves; a tighter bound made the compiler compute more of them anew.
 template <template <typename> class Weight, typename T>
 int run(Problem<T, Weight<T>> p) {
   constexpr bool kNm = std::is_same_v<Weight<T>, Nm<T>>;
@@ -642,8 +643,8 @@ int run(Problem<T, Weight<T>> p) {
   if constexpr (std::is_same_v<T, float>) {
     return cudaErrorInvalidValue;
   } else {
-    if (p.x.tokens <= 8) return p.template run<1, kNm ? 4 : 2, 5>();
-    if (p.x.tokens <= 16) return p.template run<2, kNm ? 3 : 2, 5>();
+    if (p.x.tokens <= 8) return p.template run<1, kNm ? 4 : 2, kNm ? 4 : 5>();
+    if (p.x.tokens <= 16) return p.template run<2, kNm ? 3 : 2, kNm ? 4 : 5>();
     if (p.x.tokens <= 32) return p.template run<4, kNm ? 3 : 2, 4>();
     return p.template run<8, kNm ? 3 : 2, 3>();
   }
