@@ -31,7 +31,7 @@ LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 """[out, in] of an 8B Llama's products: queries, keys and values; attention's output; gate and up; down."""
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CUTLASS_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
-BLOCKS = (1, 2, 3, 4, 6, 8)
+BLOCKS = (1, 2, 3, 4, 5, 6, 8)
 PLAIN_TOKENS = 16
 """Beyond them the plain kernel, which reads the weight once for four tokens, is not tried."""
 DEVICE = torch.device("cuda")
