@@ -31,8 +31,13 @@ constexpr int kStageRowBytes = 128;  // Depth of one pipeline stage: 64 16-bit o
 constexpr int kLeftBytes = kTileRows * kStageRowBytes;
 constexpr int kStageBytes = kLeftBytes + kTileColumns * kStageRowBytes;
 constexpr int kProjectStages = 4;
-constexpr int kExpandStages = 3;
-constexpr int kFinishRows = 8;  // Rows per block of project_finish.
+constexpr int kExpandRowBytes = 256;  // Depth of expand's one stage: all of r up to 128 16-bit or 64 fp32 elements.
+constexpr int kExpandLeftBytes = kTileRows * kExpandRowBytes;
+constexpr int kExpandStageBytes = kExpandLeftBytes + kTileColumns * kExpandRowBytes;
+constexpr int kExpandBlocks = 2;    // Per SM.
+constexpr int kQuadColumns = 8;     // Of a lane in expand's epilogue: the four lanes of a quad have a warp's 32.
+constexpr int kSquareColumns = 32;  // Columns in one partial sum of squares.
+constexpr int kFinishRows = 8;      // Rows per block of project_finish.
 constexpr int kNormaliseColumns = 2048;
 constexpr int kMaxRowsPerBlock = 64;  // Of rms_backward.
 constexpr int kHeldPieces = 4;        // 16-byte pieces of each input that a thread of rms_backward_held holds at most.
@@ -43,6 +48,9 @@ constexpr int kVector = 16 / sizeof(T);  // Elements in a 16-byte access.
 
 template <typename T>
 constexpr int kDepth = kStageRowBytes / sizeof(T);  // Elements of the summed dimension in one pipeline stage.
+
+template <typename T>
+constexpr int kExpandDepth = kExpandRowBytes / sizeof(T);
 
 template <typename T>
 struct Matrix {
@@ -111,26 +119,38 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk, int row_bytes) {
   return row * row_bytes + ((chunk ^ (row & 7)) << 4);
 }
 
+// An order of 32 rows in which rows that lie 8 j + 2 q + e in shared memory (e < 2, q < 4, j < 4) are rows 8 q + 2 j +
+// e of the matrix. It exchanges two pairs of bits, so that places add up like the rows. As columns of an mma result, of
+// which lane q of a quad has 2 q and 2 q + 1 of every eight, they give it eight neighbours.
+__device__ __forceinline__ constexpr int quad_order(int row) { return (row & ~30) | (row >> 2 & 6) | (row << 2 & 24); }
+
 // Copies kRows x kRowBytes of a matrix from (row0, column0) on, with zeros outside; asynchronously where aligned.
-template <typename T, int kRows, int kRowBytes>
+template <typename T, int kRows, int kRowBytes, bool kQuadOrder = false>
 __device__ __forceinline__ void load_tile(unsigned char* shared, const Matrix<T>& matrix, int64_t row0, int64_t column0,
                                           bool aligned) {
   constexpr int kChunks = kRowBytes / 16, kStep = kThreads / kChunks;
   static_assert(kRows % kStep == 0 && kStep % 8 == 0, "a thread's rows share one column and one swizzle");
-  const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  const auto in_matrix = [](int row) { return kQuadOrder ? quad_order(row) : row; };
+  const int place = threadIdx.x / kChunks, row = in_matrix(place), chunk = threadIdx.x % kChunks;
   const int64_t column = column0 + chunk * kVector<T>, rows_left = matrix.rows - row0 - row;
   const int valid_columns = clip(column, matrix.columns, kVector<T>);
   const T* source = matrix.data + (row0 + row) * matrix.columns + column;
-  unsigned char* target = shared + chunk_offset(row, chunk, kRowBytes);
+  unsigned char* target = shared + chunk_offset(place, chunk, kRowBytes);
+  if (aligned) {
 #pragma unroll
-  for (int i = 0; i < kRows; i += kStep) {
-    const int valid = i < rows_left ? valid_columns : 0;
-    if (aligned) {
-      ptx::cp_async_16(target + i * kRowBytes, valid ? source + i * matrix.columns : matrix.data, valid ? 16 : 0);
-    } else {
+    for (int i = 0; i < kRows; i += kStep) {
+      const int step = in_matrix(i);
+      const bool inside = valid_columns > 0 && step < rows_left;
+      ptx::cp_async_16(target + i * kRowBytes, inside ? source + step * matrix.columns : matrix.data, inside ? 16 : 0);
+    }
+  } else {
+#pragma unroll 1  // It is slow anyway, and leaves registers to the other.
+    for (int i = 0; i < kRows; i += kStep) {
+      const int step = in_matrix(i), valid = step < rows_left ? valid_columns : 0;
       T* elements = reinterpret_cast<T*>(target + i * kRowBytes);
+#pragma unroll 1
       for (int e = 0; e < kVector<T>; ++e) {
-        elements[e] = e < valid ? source[i * matrix.columns + e] : from_float<T>(0.0f);
+        elements[e] = e < valid ? source[step * matrix.columns + e] : from_float<T>(0.0f);
       }
     }
   }
@@ -139,20 +159,20 @@ __device__ __forceinline__ void load_tile(unsigned char* shared, const Matrix<T>
 // What one thread holds of its warp's 32 x 32: [i][j] is the mma result at rows 16 i, columns 8 j (layout in ptx.cuh).
 using Accumulator = float[2][4][4];
 
-// Adds one stage on tensor cores: per k = 16, four ldmatrix and eight mma.
-template <typename T, Right kRight>
-__device__ __forceinline__ void multiply_stage(Accumulator& sum, const unsigned char* left,
-                                               const unsigned char* right) {
-  constexpr int kRightRowBytes = kRight == Right::kColumnsByDepth ? kStageRowBytes : kTileColumns * sizeof(T);
+// Adds one stage, kRowBytes deep, on tensor cores: per k = 16, four ldmatrix and eight mma.
+template <typename T, Right kRight, int kRowBytes>
+__device__ __forceinline__ void multiply_stage_16bit(Accumulator& sum, const unsigned char* left,
+                                                     const unsigned char* right) {
+  constexpr int kRightRowBytes = kRight == Right::kColumnsByDepth ? kRowBytes : kTileColumns * sizeof(T);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row0 = warp / 4 * 32, column0 = warp % 4 * 32;
 #pragma unroll
-  for (int k = 0; k < kDepth<T>; k += 16) {
+  for (int k = 0; k < kRowBytes / static_cast<int>(sizeof(T)); k += 16) {
     uint32_t a[2][4], b[2][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = row0 + i * 16 + lane % 16;
-      ptx::ldmatrix_x4(a[i], left + chunk_offset(row, k / 8 + lane / 16, kStageRowBytes));
+      ptx::ldmatrix_x4(a[i], left + chunk_offset(row, k / 8 + lane / 16, kRowBytes));
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -175,7 +195,7 @@ __device__ __forceinline__ void multiply_stage(Accumulator& sum, const unsigned 
 }
 
 // The same in fp32 on the ordinary units: exact products, the order of accumulation of the mma layout.
-template <Right kRight>
+template <Right kRight, int kRowBytes>
 __device__ __forceinline__ void multiply_stage_fp32(Accumulator& sum, const unsigned char* left,
                                                     const unsigned char* right) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -184,15 +204,15 @@ __device__ __forceinline__ void multiply_stage_fp32(Accumulator& sum, const unsi
     return reinterpret_cast<const float*>(tile + chunk_offset(row, column / 4, row_bytes))[column % 4];
   };
 #pragma unroll 4
-  for (int k = 0; k < kDepth<float>; ++k) {
+  for (int k = 0; k < kRowBytes / static_cast<int>(sizeof(float)); ++k) {
     float a[4], b[8];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = at(left, row0 + i * 8, k, kStageRowBytes);
+    for (int i = 0; i < 4; ++i) a[i] = at(left, row0 + i * 8, k, kRowBytes);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int column = column0 + j / 2 * 8 + j % 2;
       if constexpr (kRight == Right::kColumnsByDepth) {
-        b[j] = at(right, column, k, kStageRowBytes);
+        b[j] = at(right, column, k, kRowBytes);
       } else {
         b[j] = at(right, k, column, kTileColumns * sizeof(float));
       }
@@ -205,6 +225,16 @@ __device__ __forceinline__ void multiply_stage_fp32(Accumulator& sum, const unsi
   }
 }
 
+template <typename T, Right kRight, int kRowBytes>
+__device__ __forceinline__ void multiply_stage(Accumulator& sum, const unsigned char* left,
+                                               const unsigned char* right) {
+  if constexpr (std::is_same_v<T, float>) {
+    multiply_stage_fp32<kRight, kRowBytes>(sum, left, right);
+  } else {
+    multiply_stage_16bit<T, kRight, kRowBytes>(sum, left, right);
+  }
+}
+
 // The product's tile in shared memory, fp32, for an epilogue that walks it in rows: 16-byte accesses to global memory
 // instead of the accumulator layout's 4-byte ones. Four columns of padding keep its writes off each other's banks.
 struct Tile {
@@ -214,7 +244,7 @@ struct Tile {
 
   __device__ __forceinline__ float* at(int row, int column) const { return values + row * kStride + column; }
 };
-static_assert(Tile::kBytes + kThreads * kVector<__half> * sizeof(float) <= kExpandStages * kStageBytes,
+static_assert(Tile::kBytes + kThreads * sizeof(float) <= kProjectStages * kStageBytes,
               "the epilogue's tile and column sums reuse the pipeline's memory");
 
 // left[row0 .. + 64, first .. last) times right[.., column0 .. + 128], left in shared memory for all threads to read.
@@ -245,11 +275,7 @@ __device__ __forceinline__ Tile multiply_tile(unsigned char* shared, const Matri
     __syncthreads();  // This stage has arrived for all; all are done with the one that is loaded next.
     load(step + kStages - 1);
     const unsigned char* stage = shared + step % kStages * kStageBytes;
-    if constexpr (std::is_same_v<T, float>) {
-      multiply_stage_fp32<kRight>(sum, stage, stage + kLeftBytes);
-    } else {
-      multiply_stage<T, kRight>(sum, stage, stage + kLeftBytes);
-    }
+    multiply_stage<T, kRight, kStageRowBytes>(sum, stage, stage + kLeftBytes);
   }
   __syncthreads();  // The last stages are read; only empty groups are in flight.
 
@@ -381,11 +407,11 @@ __global__ void __launch_bounds__(kThreads) project_finish(Project<T> p, int spl
 // expand: the wide product, (h * v) l1^T or (u * v) l0, with everything that happens to its elements
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Of RMSNorm over the rows of `input` [T, n], given sums of squares over kTileColumns columns each.
+// Of RMSNorm over the rows of `input` [T, n], given sums of squares over kSquareColumns columns each.
 template <typename T>
 struct Normalise {
   const T* input;
-  const float* squares;  // [T, ceil(n / 128)]
+  const float* squares;  // [T, ceil(n / 32)]
   const T* weight;
   T* output;
   float* rstd;
@@ -399,7 +425,7 @@ template <typename T>
 __device__ __forceinline__ void normalise_rows(const Normalise<T>& p, int64_t row0, int rows, int64_t first,
                                                int64_t last) {
   const int lane = threadIdx.x % 32;
-  const int64_t parts = ceil_divide(p.columns, kTileColumns);
+  const int64_t parts = ceil_divide(p.columns, kSquareColumns);
   for (int row = threadIdx.x / 32; row < rows && row0 + row < p.tokens; row += kWarps) {
     const int64_t token = row0 + row;
     float square = 0.0f;
@@ -443,90 +469,194 @@ struct Expand {
   const float* mask;
   const T* other;  // residual or grad_y
   T* out;
-  float* sums;        // kResidual: squares [T, column blocks]. kGradient: [row blocks, n], or null.
-  Normalise<T> norm;  // kResidual, used when one block owns whole rows.
+  float* sums;        // kResidual: squares [T, ceil(n / 32)]. kGradient: [row groups, n], or null.
+  bool owns_rows;     // A block takes all columns of its rows, and normalises them. kResidual only.
+  Normalise<T> norm;  // For that.
   bool aligned;
 };
 
-// Turns one tile of z into outputs; thread t has 16 bytes of columns and every (256 / threads per row)-th row.
+// Bytes in which a thread of expand receives its part of each tile that the epilogue reads, ahead of time. Not in fp32,
+// where the products take longer than the bytes and shared memory is short.
+template <typename T>
+constexpr int kAheadBytes = sizeof(T) == 2 ? kTileRows * kTileColumns * 2 : 0;
+
 template <typename T, Epilogue kEpilogue>
-__device__ __forceinline__ void expand_epilogue(const Expand<T>& p, const Tile& tile, float* column_sums, int64_t row0,
-                                                int64_t column_block) {
-  constexpr int kLanes = kTileColumns / kVector<T>, kRowStep = kThreads / kLanes;
-  const int64_t tokens = p.left.rows, column0 = column_block * kTileColumns;
-  const int tile_column = threadIdx.x % kLanes * kVector<T>;
-  const int64_t column = column0 + tile_column;
-  const int valid = clip(column, p.columns, kVector<T>);
-  const int other_valid = clip(column, p.other_columns, kVector<T>);
-  float mask[kVector<T>], sums[kVector<T>] = {};
-#pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) mask[i] = i < other_valid ? p.mask[column + i] : 0.0f;
+constexpr int kExpandBytes = kExpandStageBytes + (kEpilogue == Epilogue::kMask ? 1 : 2) * kAheadBytes<T>;
 
-#pragma unroll 2
-  for (int row = threadIdx.x / kLanes; row < kTileRows; row += kRowStep) {
-    const int64_t token = row0 + row;
-    const bool inside = token < tokens;
-    const float* z = tile.at(row, tile_column);
-    float x[kVector<T>] = {}, other[kVector<T>] = {}, out[kVector<T>];
-    if (kEpilogue != Epilogue::kGradient || p.sums != nullptr)
-      load_vector<true>(x, p.x + token * p.x_columns + column, inside ? other_valid : 0, p.aligned);
-    if (kEpilogue != Epilogue::kMask)
-      load_vector<true>(other, p.other + token * p.other_columns + column, inside ? other_valid : 0, p.aligned);
-    float square = 0.0f;
+// Gives lane q of a quad columns 8 q .. + 8 of its warp's 32, as quad_order does where it can be had: of each four
+// pairs that the quad's lanes hold, lane q keeps its own and takes the q-th of the others.
+__device__ __forceinline__ void exchange_in_quads(Accumulator& sum) {
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) {
-      if constexpr (kEpilogue == Epilogue::kMask) {
-        out[i] = mask[i] * (x[i] + z[i]);
-      } else if constexpr (kEpilogue == Epilogue::kResidual) {
-        out[i] = to_float(from_float<T>(other[i] + mask[i] * (x[i] + z[i])));
-        square += out[i] * out[i];
-      } else {
-        out[i] = mask[i] * other[i] + z[i];
-        sums[i] += other[i] * x[i];
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool high = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (j & bit) continue;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float &low = sum[i][j][e], &up = sum[i][j | bit][e];
+          const float received = __shfl_xor_sync(0xffffffffu, high ? low : up, bit);
+          (high ? low : up) = received;
+        }
       }
-    }
-    store_vector(p.out + token * p.columns + column, out, inside ? valid : 0, p.aligned);
-    if constexpr (kEpilogue == Epilogue::kResidual) {
-      square = sum_lanes(square, kLanes);
-      if (inside && threadIdx.x % kLanes == 0)
-        p.sums[token * ceil_divide(p.columns, kTileColumns) + column_block] = square;
-    }
-  }
-
-  if constexpr (kEpilogue == Epilogue::kGradient) {
-    if (p.sums == nullptr) return;
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) column_sums[threadIdx.x / kLanes * kTileColumns + tile_column + i] = sums[i];
-    __syncthreads();
-    const int64_t mine = column0 + threadIdx.x;
-    if (threadIdx.x < kTileColumns && mine < p.other_columns) {
-      float sum = 0.0f;
-      for (int i = 0; i < kRowStep; ++i) sum += column_sums[i * kTileColumns + threadIdx.x];
-      p.sums[row0 / kTileRows * p.other_columns + mine] = sum;
     }
   }
 }
 
 // Bytes (T n each): kMask reads x, writes y; kResidual reads x and residual, writes the sum (and normed, re-reading the
-// sum); kGradient reads grad_y and, for column_dot, x, writes grad_x. l1 or l0 comes from L2 once per 64 rows, 0.4 MB
-// at n = 2048, r = 104. Operations: 2 T n r. Floor at T = n = 2048 on an H100: 5.0, 7.5 (10 with normed), 7.5 us.
-// Shared memory 72 KB (three stages of 24 KB), three blocks per SM on sm_90, two on sm_80, one on sm_120.
-// Grid: row blocks; y: column blocks, or 1 for blocks that own whole rows. A kResidual block that owns its rows
-// normalises them while they are in L2; otherwise the launcher follows with normalise.
+// sum); kGradient reads grad_y and, for column_dot, x, writes grad_x. Operations: 2 T n r. Floor at T = n = 2048 on an
+// H100: 5.0, 7.5 (10 with normed), 7.5 us.
+// A block walks through tiles: down the rows of one block of columns, all columns at about the same rows at a time, or,
+// where it owns its rows, through their columns. The factor that stays the same (up to r = 128 in 16 bits) is loaded
+// once: from L2 come 13 KB a tile (r = 104) going down, 27 KB otherwise. The next tile's other factor is on its way
+// during the epilogue, and its x and residual or grad_y (16 KB each in 16 bits) from the moment at which the thread
+// that asks for them has used up those of this tile: each thread copies what it will read itself, so that this needs no
+// barrier. Results leave from registers: four lanes write 64 bytes of a row, in 16-byte pieces.
+// Shared memory 48 KB, and 16 KB for each input that is asked for ahead; two blocks per SM on sm_80, 90 and 100, one on
+// sm_120. Grid: row groups x column blocks, column fastest; or row blocks.
 template <typename T, Epilogue kEpilogue>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2) expand(Expand<T> p) {
+__global__ void __launch_bounds__(kThreads, kExpandBlocks) expand(Expand<T> p) {
   PYPRUNE_SHARED_MEMORY(shared);
   constexpr Right kRight = kEpilogue == Epilogue::kGradient ? Right::kDepthByColumns : Right::kColumnsByDepth;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kTileRows;
-  const int64_t column_blocks = ceil_divide(p.columns, kTileColumns);
-  for (int64_t column_block = blockIdx.y; column_block < column_blocks; column_block += gridDim.y) {
-    const Tile tile = multiply_tile<T, kRight, kExpandStages>(
-        shared, p.left, row0, p.right, column_block * kTileColumns, 0, p.left.columns, p.aligned);
-    expand_epilogue<T, kEpilogue>(p, tile, reinterpret_cast<float*>(shared + Tile::kBytes), row0, column_block);
-    __syncthreads();  // The tile is read before the next one's stages overwrite it; the squares are written.
+  constexpr int kParts = kQuadColumns / kVector<T>;  // 16-byte pieces of a lane in a row.
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t tokens = p.left.rows, column_blocks = ceil_divide(p.columns, kTileColumns);
+  const bool owns_rows = kEpilogue == Epilogue::kResidual && p.owns_rows;
+  const int64_t group = owns_rows ? blockIdx.x : blockIdx.x / column_blocks;
+  const int64_t groups = gridDim.x / column_blocks;
+  const int64_t tiles = owns_rows ? column_blocks : ceil_divide(ceil_divide(tokens, kTileRows) - group, groups);
+  const auto row_of = [&](int64_t tile) { return (owns_rows ? group : group + tile * groups) * kTileRows; };
+  const auto column_of = [&](int64_t tile) { return (owns_rows ? tile : blockIdx.x % column_blocks) * kTileColumns; };
+
+  const int64_t steps = p.left.columns > 0 ? ceil_divide(p.left.columns, kExpandDepth<T>) : 1;
+  unsigned char* const right = shared + kExpandLeftBytes;
+  const auto load_factors = [&](int64_t tile, int64_t step) {
+    const int64_t depth = step * kExpandDepth<T>;
+    if (tile == 0 || steps > 1 || !owns_rows)
+      load_tile<T, kTileRows, kExpandRowBytes>(shared, p.left, row_of(tile), depth, p.aligned);
+    if (tile == 0 || steps > 1 || owns_rows) {
+      if constexpr (kRight == Right::kColumnsByDepth) {
+        load_tile<T, kTileColumns, kExpandRowBytes, true>(right, p.right, column_of(tile), depth, p.aligned);
+      } else {
+        load_tile<T, kExpandDepth<T>, kTileColumns * sizeof(T)>(right, p.right, depth, column_of(tile), p.aligned);
+      }
+    }
+  };
+
+  // This lane's part of a tile: eight columns of rows 0, 8, 16 and 24 of its warp's 32.
+  const int lane_row = warp / 4 * 32 + lane / 4, lane_column = warp % 4 * 32 + lane % 4 * kQuadColumns;
+  const bool reads_x = kEpilogue != Epilogue::kGradient || p.sums != nullptr;
+  const bool ahead = kAheadBytes<T> > 0 && p.aligned;
+  unsigned char* const mine = shared + kExpandStageBytes + threadIdx.x * 16;
+  const auto ask = [&](int64_t tile, int piece) {
+    const int64_t token = row_of(tile) + lane_row + piece * 8, column = column_of(tile) + lane_column;
+    const bool inside = token < tokens && column < p.other_columns;
+    unsigned char* const target = mine + piece * (kThreads * 16);
+    if (reads_x) ptx::cp_async_16(target, inside ? p.x + token * p.x_columns + column : p.x, inside ? 16 : 0);
+    if constexpr (kEpilogue != Epilogue::kMask) {
+      ptx::cp_async_16(target + kAheadBytes<T>, inside ? p.other + token * p.other_columns + column : p.other,
+                       inside ? 16 : 0);
+    }
+  };
+
+  load_factors(0, 0);
+  ptx::cp_async_commit();
+  if (ahead) {
+#pragma unroll
+    for (int piece = 0; piece < 4; ++piece) ask(0, piece);
   }
+  ptx::cp_async_commit();
+
+  float sums[kQuadColumns] = {};
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t row0 = row_of(tile) + lane_row, column0 = column_of(tile) + lane_column;
+    Accumulator z = {};
+    for (int64_t step = 0; step < steps; ++step) {
+      ptx::cp_async_wait<1>();  // The factors: only what was asked for ahead is younger.
+      __syncthreads();          // They have arrived for all.
+      multiply_stage<T, kRight, kExpandRowBytes>(z, shared, right);
+      __syncthreads();  // They are read, and may be overwritten.
+      if (step + 1 < steps) {
+        load_factors(tile, step + 1);
+        ptx::cp_async_commit();  // And an empty group, for the wait above.
+      } else if (tile + 1 < tiles) {
+        load_factors(tile + 1, 0);
+      }
+      ptx::cp_async_commit();
+    }
+    if constexpr (kRight == Right::kDepthByColumns) exchange_in_quads(z);
+
+    float mask[kQuadColumns];
+#pragma unroll
+    for (int i = 0; i < kQuadColumns; ++i) mask[i] = column0 + i < p.other_columns ? __ldg(p.mask + column0 + i) : 0.0f;
+    ptx::cp_async_wait<1>();  // What was asked for ahead: only the next tile's factors are younger.
+#pragma unroll
+    for (int piece = 0; piece < 4; ++piece) {
+      const int64_t token = row0 + piece * 8;
+      const bool inside = token < tokens;
+      float square = 0.0f;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const int first = part * kVector<T>;
+        const int64_t column = column0 + first;
+        const int valid = inside ? clip(column, p.columns, kVector<T>) : 0;
+        const int other_valid = inside ? clip(column, p.other_columns, kVector<T>) : 0;
+        float x[kVector<T>] = {}, other[kVector<T>] = {}, out[kVector<T>];
+        if (ahead) {
+          const unsigned char* const source = mine + piece * (kThreads * 16);
+          if (reads_x) load_vector<false>(x, reinterpret_cast<const T*>(source), kVector<T>, true);
+          if constexpr (kEpilogue != Epilogue::kMask)
+            load_vector<false>(other, reinterpret_cast<const T*>(source + kAheadBytes<T>), kVector<T>, true);
+          if (tile + 1 < tiles) ask(tile + 1, piece);
+        } else {
+          if (reads_x) load_vector<true>(x, p.x + token * p.x_columns + column, other_valid, p.aligned);
+          if constexpr (kEpilogue != Epilogue::kMask)
+            load_vector<true>(other, p.other + token * p.other_columns + column, other_valid, p.aligned);
+        }
+#pragma unroll
+        for (int i = 0; i < kVector<T>; ++i) {
+          const int at = first + i;
+          const float product = z[piece / 2][at / 2][piece % 2 * 2 + at % 2];
+          if constexpr (kEpilogue == Epilogue::kMask) {
+            out[i] = mask[at] * (x[i] + product);
+          } else if constexpr (kEpilogue == Epilogue::kResidual) {
+            out[i] = to_float(from_float<T>(other[i] + mask[at] * (x[i] + product)));
+            square += out[i] * out[i];
+          } else {
+            out[i] = mask[at] * other[i] + product;
+            sums[at] += other[i] * x[i];
+          }
+        }
+        store_vector(p.out + token * p.columns + column, out, valid, p.aligned);
+      }
+      if constexpr (kEpilogue == Epilogue::kResidual) {
+        square = sum_lanes(square, 4);
+        if (inside && lane % 4 == 0 && column0 < p.columns)
+          p.sums[token * ceil_divide(p.columns, kSquareColumns) + column0 / kSquareColumns] = square;
+      }
+    }
+    ptx::cp_async_commit();
+  }
+
   if constexpr (kEpilogue == Epilogue::kResidual) {
-    if (gridDim.y == 1) normalise_rows(p.norm, row0, kTileRows, 0, p.columns);
+    if (!owns_rows) return;
+    __syncthreads();  // The squares and the sums are written.
+    normalise_rows(p.norm, row_of(0), kTileRows, 0, p.columns);
+  }
+  if constexpr (kEpilogue == Epilogue::kGradient) {
+    if (p.sums == nullptr) return;
+    float* const halves = reinterpret_cast<float*>(shared);  // Of the two rows of warps. The last factors are read.
+#pragma unroll
+    for (int i = 0; i < kQuadColumns; ++i) {
+      for (int step = 4; step < 32; step *= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], step);
+      if (lane < 4) halves[warp / 4 * kTileColumns + lane_column + i] = sums[i];
+    }
+    __syncthreads();
+    const int64_t column = column_of(0) + threadIdx.x;
+    if (threadIdx.x < kTileColumns && column < p.other_columns)
+      p.sums[group * p.other_columns + column] = halves[threadIdx.x] + halves[kTileColumns + threadIdx.x];
   }
 }
 
@@ -750,6 +880,19 @@ struct ProjectPlan {
   int64_t v_sum_rows(int64_t tokens) const { return splits > 1 ? ceil_divide(tokens, kFinishRows) : row_blocks; }
 };
 
+// How the tiles of expand are dealt to blocks: each takes one block of columns, of every `groups`-th block of rows. As
+// many groups as fill every SM once, and of those as few as leave no block with a row block more.
+struct ExpandPlan {
+  int64_t row_blocks, column_blocks, groups;
+
+  ExpandPlan(int64_t tokens, int64_t columns, int processors)
+      : row_blocks(ceil_divide(tokens, kTileRows)), column_blocks(ceil_divide(columns, kTileColumns)), groups(0) {
+    if (row_blocks == 0 || column_blocks == 0) return;
+    const int64_t wanted = std::max<int64_t>(kExpandBlocks * processors / column_blocks, 1);
+    groups = ceil_divide(row_blocks, ceil_divide(row_blocks, wanted));
+  }
+};
+
 int64_t rms_rows_per_block(int64_t tokens, int processors) {
   const int64_t rows = ceil_divide(tokens, 2 * processors);
   return rows < kWarps             ? kWarps
@@ -767,21 +910,23 @@ struct ForwardScratch {
       : plan(s.tokens, s.hidden, s.rank, kDepth<T>, processors),
         scaled(space.take<T>(s.tokens * s.rank)),
         sums(space.take<float>(plan.splits > 1 ? plan.splits * s.tokens * s.rank : 0)),
-        squares(space.take<float>(s.tokens * ceil_divide(s.outputs, kTileColumns))) {}
+        squares(space.take<float>(s.tokens * ceil_divide(s.outputs, kSquareColumns))) {}
 };
 
 template <typename T>
 struct BackwardScratch {
   ProjectPlan plan;
+  ExpandPlan expand_plan;
   T* masked;
   float *sums, *v_sums, *column_sums;
 
   BackwardScratch(Workspace& space, const HsmShape& s, int processors)
       : plan(s.tokens, s.outputs, s.rank, kDepth<T>, processors),
+        expand_plan(s.tokens, s.hidden, processors),
         masked(space.take<T>(s.outputs * s.rank)),
         sums(space.take<float>(plan.splits > 1 ? plan.splits * s.tokens * s.rank : 0)),
         v_sums(space.take<float>(plan.v_sum_rows(s.tokens) * s.rank)),
-        column_sums(space.take<float>(ceil_divide(s.tokens, kTileRows) * s.outputs)) {}
+        column_sums(space.take<float>(expand_plan.groups * s.outputs)) {}
 };
 
 struct RmsScratch {
@@ -823,9 +968,9 @@ cudaError_t run_project(const Project<T>& project_arguments, const ProjectPlan& 
 }
 
 template <typename T, Epilogue kEpilogue>
-cudaError_t run_expand(const Expand<T>& p, int64_t column_grid, cudaStream_t stream) {
-  const dim3 grid(blocks(ceil_divide(p.left.rows, kTileRows)), blocks(column_grid));
-  return launch(expand<T, kEpilogue>, grid, kThreads, kExpandStages * kStageBytes, stream, p);
+cudaError_t run_expand(const Expand<T>& p, const ExpandPlan& plan, cudaStream_t stream) {
+  const int64_t grid = p.owns_rows ? plan.row_blocks : plan.groups * plan.column_blocks;
+  return launch(expand<T, kEpilogue>, dim3(blocks(grid)), kThreads, kExpandBytes<T, kEpilogue>, stream, p);
 }
 
 cudaError_t run_sum_rows(const float* parts, int64_t rows, int64_t columns, float* out, cudaStream_t stream) {
@@ -917,7 +1062,7 @@ int hsm_forward(HsmShape s, int dtype, const void* x, const void* l0, const floa
     if (error != cudaSuccess) return error;
     const Expand<T> wide = forward_expansion(s, scratch, input, static_cast<const T*>(l1), mask,
                                              static_cast<const T*>(nullptr), static_cast<T*>(y));
-    return run_expand<T, Epilogue::kMask>(wide, ceil_divide(s.outputs, kTileColumns), queue);
+    return run_expand<T, Epilogue::kMask>(wide, ExpandPlan(s.tokens, s.outputs, processors), queue);
   });
 }
 
@@ -949,9 +1094,10 @@ int hsm_residual_rmsnorm_forward(HsmShape s, int dtype, float eps, const void* x
             eps,
             all_aligned<T>({s.outputs}, {sum, weight, normed})};
     // Two blocks per SM keep it busy; with fewer, rows are cut too and normalised by a second kernel.
-    const bool owns_rows = ceil_divide(s.tokens, kTileRows) >= 2 * processors;
-    error = run_expand<T, Epilogue::kResidual>(wide, owns_rows ? 1 : ceil_divide(s.outputs, kTileColumns), queue);
-    if (error != cudaSuccess || owns_rows) return error;
+    const ExpandPlan plan(s.tokens, s.outputs, processors);
+    wide.owns_rows = plan.row_blocks >= kExpandBlocks * processors;
+    error = run_expand<T, Epilogue::kResidual>(wide, plan, queue);
+    if (error != cudaSuccess || wide.owns_rows) return error;
     const dim3 grid(blocks(ceil_divide(s.tokens, kWarps)), blocks(ceil_divide(s.outputs, kNormaliseColumns)));
     return launch(normalise<T>, grid, kThreads, 0, queue, norm);
   });
@@ -996,9 +1142,9 @@ int hsm_backward(HsmShape s, int dtype, const void* grad_y, const void* x, const
     wide.out = static_cast<T*>(grad_x);
     wide.sums = column_dot != nullptr ? scratch.column_sums : nullptr;
     wide.aligned = all_aligned<T>({s.hidden, s.rank, s.outputs}, {x, l0, grad, grad_x, grad_p});
-    error = run_expand<T, Epilogue::kGradient>(wide, ceil_divide(s.hidden, kTileColumns), queue);
+    error = run_expand<T, Epilogue::kGradient>(wide, scratch.expand_plan, queue);
     if (error != cudaSuccess || column_dot == nullptr) return error;
-    return run_sum_rows(scratch.column_sums, ceil_divide(s.tokens, kTileRows), s.outputs, column_dot, queue);
+    return run_sum_rows(scratch.column_sums, scratch.expand_plan.groups, s.outputs, column_dot, queue);
   });
 }
 
