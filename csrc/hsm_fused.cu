@@ -514,6 +514,8 @@ __device__ __forceinline__ void exchange_in_quads(Accumulator& sum) {
 // during the epilogue, and its x and residual or grad_y (16 KB each in 16 bits) from the moment at which the thread
 // that asks for them has used up those of this tile: each thread copies what it will read itself, so that this needs no
 // barrier. Results leave from registers: four lanes write 64 bytes of a row, in 16-byte pieces.
+// Rows go from the last to the first: where L2 cannot hold everything, it may hold the rows that project read last, and
+// normalise, which goes the other way, starts with those of the sum that were written last.
 // Shared memory 48 KB, and 16 KB for each input that is asked for ahead; two blocks per SM on sm_80, 90 and 100, one on
 // sm_120. Grid: row groups x column blocks, column fastest; or row blocks.
 template <typename T, Epilogue kEpilogue>
@@ -522,12 +524,15 @@ __global__ void __launch_bounds__(kThreads, kExpandBlocks) expand(Expand<T> p) {
   constexpr Right kRight = kEpilogue == Epilogue::kGradient ? Right::kDepthByColumns : Right::kColumnsByDepth;
   constexpr int kParts = kQuadColumns / kVector<T>;  // 16-byte pieces of a lane in a row.
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t tokens = p.left.rows, column_blocks = ceil_divide(p.columns, kTileColumns);
+  const int64_t tokens = p.left.rows, row_blocks = ceil_divide(tokens, kTileRows);
+  const int64_t column_blocks = ceil_divide(p.columns, kTileColumns);
   const bool owns_rows = kEpilogue == Epilogue::kResidual && p.owns_rows;
   const int64_t group = owns_rows ? blockIdx.x : blockIdx.x / column_blocks;
   const int64_t groups = gridDim.x / column_blocks;
-  const int64_t tiles = owns_rows ? column_blocks : ceil_divide(ceil_divide(tokens, kTileRows) - group, groups);
-  const auto row_of = [&](int64_t tile) { return (owns_rows ? group : group + tile * groups) * kTileRows; };
+  const int64_t tiles = owns_rows ? column_blocks : ceil_divide(row_blocks - group, groups);
+  const auto row_of = [&](int64_t tile) {
+    return (row_blocks - 1 - group - (owns_rows ? 0 : tile * groups)) * kTileRows;
+  };
   const auto column_of = [&](int64_t tile) { return (owns_rows ? tile : blockIdx.x % column_blocks) * kTileColumns; };
 
   const int64_t steps = p.left.columns > 0 ? ceil_divide(p.left.columns, kExpandDepth<T>) : 1;
