@@ -83,7 +83,8 @@ __device__ __forceinline__ void load_vector(float (&out)[kVector<T>], const T* s
   for (int i = 0; i < kVector<T>; ++i) out[i] = to_float(elements[i]);
 }
 
-template <typename T>
+// kEvictFirst: L2 gives these bytes up before others where it needs room.
+template <bool kEvictFirst = false, typename T>
 __device__ __forceinline__ void store_vector(T* target, const float (&values)[kVector<T>], int valid, bool aligned) {
   union {
     uint4 bytes;
@@ -92,7 +93,11 @@ __device__ __forceinline__ void store_vector(T* target, const float (&values)[kV
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) elements[i] = from_float<T>(values[i]);
   if (aligned && valid == kVector<T>) {
-    *reinterpret_cast<uint4*>(target) = bytes;
+    if constexpr (kEvictFirst) {
+      __stcs(reinterpret_cast<uint4*>(target), bytes);
+    } else {
+      *reinterpret_cast<uint4*>(target) = bytes;
+    }
   } else {
     for (int i = 0; i < kVector<T>; ++i) {
       if (i < valid) target[i] = elements[i];
@@ -634,7 +639,8 @@ __global__ void __launch_bounds__(kThreads, kExpandBlocks) expand(Expand<T> p) {
             sums[at] += other[i] * x[i];
           }
         }
-        store_vector(p.out + token * p.columns + column, out, valid, p.aligned);
+        // Makes room of itself rather than of the x or grad_y that project has left in L2; normalise reads the sum.
+        store_vector<kEpilogue != Epilogue::kResidual>(p.out + token * p.columns + column, out, valid, p.aligned);
       }
       if constexpr (kEpilogue == Epilogue::kResidual) {
         square = sum_lanes(square, 4);

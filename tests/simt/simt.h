@@ -517,6 +517,10 @@ template <typename T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
+template <typename T>
+void __stcs(T* pointer, T value) {
+  *pointer = value;
+}
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned bits) {
   return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
