@@ -25,12 +25,13 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kTileRows = 64;             // Of a block's output tile.
-constexpr int kTileColumns = 128;         // Of a block's output tile: 8 warps, 2 x 4, of 32 x 32 each.
-constexpr int kStageRowBytes = 128;       // Depth of one pipeline stage: 64 16-bit or 32 fp32 elements.
-constexpr int kTallRows = 2 * kTileRows;  // Of project's tile where enough of them fill the machine.
-constexpr int kProjectBytes = 96 << 10;   // Four stages of 24 KB, or three of 32 KB with tall tiles.
-constexpr int kExpandRowBytes = 256;      // Depth of expand's one stage: all of r up to 128 16-bit or 64 fp32 elements.
+constexpr int kTileRows = 64;        // Of a block's output tile.
+constexpr int kTileColumns = 128;    // Of a block's output tile: 8 warps, 2 x 4, of 32 x 32 each.
+constexpr int kStageRowBytes = 128;  // Depth of one pipeline stage: 64 16-bit or 32 fp32 elements.
+constexpr int kLeftBytes = kTileRows * kStageRowBytes;
+constexpr int kStageBytes = kLeftBytes + kTileColumns * kStageRowBytes;
+constexpr int kProjectStages = 4;
+constexpr int kExpandRowBytes = 256;  // Depth of expand's one stage: all of r up to 128 16-bit or 64 fp32 elements.
 constexpr int kExpandLeftBytes = kTileRows * kExpandRowBytes;
 constexpr int kExpandStageBytes = kExpandLeftBytes + kTileColumns * kExpandRowBytes;
 constexpr int kExpandBlocks = 2;    // Per SM.
@@ -161,25 +162,20 @@ __device__ __forceinline__ void load_tile(unsigned char* shared, const Matrix<T>
 }
 
 // What one thread holds of its warp's 32 x 32: [i][j] is the mma result at rows 16 i, columns 8 j (layout in ptx.cuh).
-// A tall tile's has 64 rows.
-template <int kRows>
-using Fragments = float[kRows / 32][4][4];
-using Accumulator = Fragments<kTileRows>;
+using Accumulator = float[2][4][4];
 
-// Adds one stage, kRowBytes deep, on tensor cores: per k = 16, four ldmatrix and eight mma; of a tall tile, six and 16.
-template <typename T, Right kRight, int kRowBytes, int kRows>
-__device__ __forceinline__ void multiply_stage_16bit(Fragments<kRows>& sum, const unsigned char* left,
+// Adds one stage, kRowBytes deep, on tensor cores: per k = 16, four ldmatrix and eight mma.
+template <typename T, Right kRight, int kRowBytes>
+__device__ __forceinline__ void multiply_stage_16bit(Accumulator& sum, const unsigned char* left,
                                                      const unsigned char* right) {
   constexpr int kRightRowBytes = kRight == Right::kColumnsByDepth ? kRowBytes : kTileColumns * sizeof(T);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  constexpr int kHeight = kRows / 32;
-  const int row0 = warp / 4 * (kRows / 2), column0 = warp % 4 * 32;
-  constexpr int kUnroll = kRows == kTallRows ? 2 : 8;  // Registers are short there.
-#pragma unroll kUnroll
-  for (int k = 0; k < kRowBytes / static_cast<int>(sizeof(T)); k += 16) {
-    uint32_t a[kHeight][4], b[2][4];
+  const int row0 = warp / 4 * 32, column0 = warp % 4 * 32;
 #pragma unroll
-    for (int i = 0; i < kHeight; ++i) {
+  for (int k = 0; k < kRowBytes / static_cast<int>(sizeof(T)); k += 16) {
+    uint32_t a[2][4], b[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
       const int row = row0 + i * 16 + lane % 16;
       ptx::ldmatrix_x4(a[i], left + chunk_offset(row, k / 8 + lane / 16, kRowBytes));
     }
@@ -194,7 +190,7 @@ __device__ __forceinline__ void multiply_stage_16bit(Fragments<kRows>& sum, cons
       }
     }
 #pragma unroll
-    for (int i = 0; i < kHeight; ++i) {
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         ptx::mma_m16n8k16<T>(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
@@ -234,14 +230,13 @@ __device__ __forceinline__ void multiply_stage_fp32(Accumulator& sum, const unsi
   }
 }
 
-template <typename T, Right kRight, int kRowBytes, int kRows = kTileRows>
-__device__ __forceinline__ void multiply_stage(Fragments<kRows>& sum, const unsigned char* left,
+template <typename T, Right kRight, int kRowBytes>
+__device__ __forceinline__ void multiply_stage(Accumulator& sum, const unsigned char* left,
                                                const unsigned char* right) {
   if constexpr (std::is_same_v<T, float>) {
-    static_assert(kRows == kTileRows, "tall tiles are for 16-bit types");
     multiply_stage_fp32<kRight, kRowBytes>(sum, left, right);
   } else {
-    multiply_stage_16bit<T, kRight, kRowBytes, kRows>(sum, left, right);
+    multiply_stage_16bit<T, kRight, kRowBytes>(sum, left, right);
   }
 }
 
@@ -249,29 +244,26 @@ __device__ __forceinline__ void multiply_stage(Fragments<kRows>& sum, const unsi
 // instead of the accumulator layout's 4-byte ones. Four columns of padding keep its writes off each other's banks.
 struct Tile {
   static constexpr int kStride = kTileColumns + 4;
-  template <int kRows>
-  static constexpr int kBytes = kRows * kStride * static_cast<int>(sizeof(float));
+  static constexpr int kBytes = kTileRows * kStride * sizeof(float);
   float* values;
 
   __device__ __forceinline__ float* at(int row, int column) const { return values + row * kStride + column; }
 };
-static_assert(Tile::kBytes<kTallRows> + kThreads * sizeof(float) <= kProjectBytes,
+static_assert(Tile::kBytes + kThreads * sizeof(float) <= kProjectStages * kStageBytes,
               "the epilogue's tile and column sums reuse the pipeline's memory");
 
-// left[row0 .. + kRows, first .. last) times right[.., column0 .. + 128], left in shared memory for all threads to
-// read. `first` is a multiple of the stage depth. Call with all threads, none of them still reading `shared`.
-template <typename T, Right kRight, int kRows>
+// left[row0 .. + 64, first .. last) times right[.., column0 .. + 128], left in shared memory for all threads to read.
+// `first` is a multiple of the stage depth. Call with all threads, none of them still reading `shared`.
+template <typename T, Right kRight, int kStages>
 __device__ __forceinline__ Tile multiply_tile(unsigned char* shared, const Matrix<T>& left, int64_t row0,
                                               const Matrix<T>& right, int64_t column0, int64_t first, int64_t last,
                                               bool aligned) {
-  constexpr int kLeftBytes = kRows * kStageRowBytes, kStageBytes = kLeftBytes + kTileColumns * kStageRowBytes;
-  constexpr int kStages = kProjectBytes / kStageBytes;
   const int64_t steps = ceil_divide(last - first, kDepth<T>);
   const auto load = [&](int64_t step) {
     if (step < steps) {
       unsigned char* stage = shared + step % kStages * kStageBytes;
       const int64_t depth = first + step * kDepth<T>;
-      load_tile<T, kRows, kStageRowBytes>(stage, left, row0, depth, aligned);
+      load_tile<T, kTileRows, kStageRowBytes>(stage, left, row0, depth, aligned);
       if constexpr (kRight == Right::kColumnsByDepth) {
         load_tile<T, kTileColumns, kStageRowBytes>(stage + kLeftBytes, right, column0, depth, aligned);
       } else {
@@ -281,24 +273,24 @@ __device__ __forceinline__ Tile multiply_tile(unsigned char* shared, const Matri
     ptx::cp_async_commit();  // Also when empty, so that the wait below can count groups.
   };
 
-  Fragments<kRows> sum = {};
+  Accumulator sum = {};
   for (int step = 0; step < kStages - 1; ++step) load(step);
   for (int64_t step = 0; step < steps; ++step) {
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // This stage has arrived for all; all are done with the one that is loaded next.
     load(step + kStages - 1);
     const unsigned char* stage = shared + step % kStages * kStageBytes;
-    multiply_stage<T, kRight, kStageRowBytes, kRows>(sum, stage, stage + kLeftBytes);
+    multiply_stage<T, kRight, kStageRowBytes>(sum, stage, stage + kLeftBytes);
   }
   __syncthreads();  // The last stages are read; only empty groups are in flight.
 
   const Tile tile{reinterpret_cast<float*>(shared)};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
-  for (int i = 0; i < kRows / 32; ++i) {
+  for (int i = 0; i < 2; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int row = warp / 4 * (kRows / 2) + i * 16 + lane / 4, column = warp % 4 * 32 + j * 8 + lane % 4 * 2;
+      const int row = warp / 4 * 32 + i * 16 + lane / 4, column = warp % 4 * 32 + j * 8 + lane % 4 * 2;
       tile.at(row, column)[0] = sum[i][j][0];
       tile.at(row, column)[1] = sum[i][j][1];
       tile.at(row + 8, column)[0] = sum[i][j][2];
@@ -371,32 +363,32 @@ __device__ __forceinline__ void finish_projection(const Project<T>& p, int64_t r
   }
 }
 
-// Bytes: T d for x, r d for l0 once per row block from L2 (2048 x 104 x 2 = 0.4 MB), T r to write. Operations: 2 T d r.
+// Bytes: T d for x, r d for l0 once per 64 rows from L2 (2048 x 104 x 2 = 0.4 MB), T r to write. Operations: 2 T d r.
 // Floor at T = d = 2048: 8.4 MB, 2.5 us on an H100. Shared memory 96 KB (four stages of 24 KB: 24 KB of x in flight),
 // so one or two blocks per SM; where T / 64 blocks do not fill the machine, d is split over more of them, which costs
-// 8 T r bytes per split (L2). Where blocks of twice the rows nearly fill it, kRows is 128: of what 64 rows bring from
-// L2, 13 KB of 21 a stage are l0 (r = 104), which then serves 128, and a warp reads 0.7 of the shared memory for a row.
+// 8 T r bytes per split (L2).
 // Grid: row blocks x column blocks, column fastest so that neighbours share x; y: splits.
-template <typename T, bool kBackward, bool kSplit, int kRows>
+template <typename T, bool kBackward, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 2) project(Project<T> p) {
   PYPRUNE_SHARED_MEMORY(shared);
   constexpr Right kRight = kBackward ? Right::kDepthByColumns : Right::kColumnsByDepth;
   const int64_t column_blocks = ceil_divide(p.rank, kTileColumns);
   const int64_t row_block = blockIdx.x / column_blocks, column0 = blockIdx.x % column_blocks * kTileColumns;
-  const int64_t row0 = row_block * kRows;
+  const int64_t row0 = row_block * kTileRows;
   const int64_t depth_per_split = p.steps_per_split * kDepth<T>;
   const int64_t first = blockIdx.y * depth_per_split;
   const int64_t last = first + depth_per_split < p.left.columns ? first + depth_per_split : p.left.columns;
-  const Tile tile = multiply_tile<T, kRight, kRows>(shared, p.left, row0, p.right, column0, first, last, p.aligned);
+  const Tile tile =
+      multiply_tile<T, kRight, kProjectStages>(shared, p.left, row0, p.right, column0, first, last, p.aligned);
   if constexpr (kSplit) {
     float* sums = p.sums + (static_cast<int64_t>(blockIdx.y) * p.left.rows + row0) * p.rank + column0;
-    for (int i = threadIdx.x; i < kRows * kTileColumns; i += kThreads) {
+    for (int i = threadIdx.x; i < kTileRows * kTileColumns; i += kThreads) {
       const int row = i / kTileColumns, column = i % kTileColumns;
       if (row0 + row < p.left.rows && column0 + column < p.rank) sums[row * p.rank + column] = *tile.at(row, column);
     }
   } else {
-    finish_projection<kBackward, kRows>(p, row_block, column0, reinterpret_cast<float*>(shared + Tile::kBytes<kRows>),
-                                        [&](int row, int column) { return *tile.at(row, column); });
+    finish_projection<kBackward, kTileRows>(p, row_block, column0, reinterpret_cast<float*>(shared + Tile::kBytes),
+                                            [&](int row, int column) { return *tile.at(row, column); });
   }
 }
 
@@ -884,20 +876,15 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// How a projection to [tokens, rank] over `depth` is cut: into as many blocks as there are SMs, if it is long enough;
-// into tall ones, which 16-bit types have, where seven eighths of the SMs get one.
-template <typename T>
+// How a projection to [tokens, rank] over `depth` is cut: into as many blocks as there are SMs, if it is long enough.
 struct ProjectPlan {
-  bool tall;
   int64_t row_blocks, column_blocks, steps_per_split, splits;
 
-  ProjectPlan(int64_t tokens, int64_t depth, int64_t rank, int processors)
-      : column_blocks(ceil_divide(rank, kTileColumns)) {
-    tall = sizeof(T) == 2 && ceil_divide(tokens, kTallRows) * column_blocks * 8 >= processors * 7;
-    row_blocks = ceil_divide(tokens, tall ? kTallRows : kTileRows);
-    const int64_t steps = depth > 0 ? ceil_divide(depth, kDepth<T>) : 1;
+  ProjectPlan(int64_t tokens, int64_t depth, int64_t rank, int64_t stage_depth, int processors)
+      : row_blocks(ceil_divide(tokens, kTileRows)), column_blocks(ceil_divide(rank, kTileColumns)) {
+    const int64_t steps = depth > 0 ? ceil_divide(depth, stage_depth) : 1;
     const int64_t blocks = row_blocks * column_blocks;
-    const int64_t wanted = blocks > 0 && blocks < processors && !tall ? processors / blocks : 1;
+    const int64_t wanted = blocks > 0 && blocks < processors ? processors / blocks : 1;
     steps_per_split = ceil_divide(steps, wanted < steps ? wanted : steps);
     splits = ceil_divide(steps, steps_per_split);
   }
@@ -926,12 +913,12 @@ int64_t rms_rows_per_block(int64_t tokens, int processors) {
 
 template <typename T>
 struct ForwardScratch {
-  ProjectPlan<T> plan;
+  ProjectPlan plan;
   T* scaled;
   float *sums, *squares;
 
   ForwardScratch(Workspace& space, const HsmShape& s, int processors)
-      : plan(s.tokens, s.hidden, s.rank, processors),
+      : plan(s.tokens, s.hidden, s.rank, kDepth<T>, processors),
         scaled(space.take<T>(s.tokens * s.rank)),
         sums(space.take<float>(plan.splits > 1 ? plan.splits * s.tokens * s.rank : 0)),
         squares(space.take<float>(s.tokens * ceil_divide(s.outputs, kSquareColumns))) {}
@@ -939,13 +926,13 @@ struct ForwardScratch {
 
 template <typename T>
 struct BackwardScratch {
-  ProjectPlan<T> plan;
+  ProjectPlan plan;
   ExpandPlan expand_plan;
   T* masked;
   float *sums, *v_sums, *column_sums;
 
   BackwardScratch(Workspace& space, const HsmShape& s, int processors)
-      : plan(s.tokens, s.outputs, s.rank, processors),
+      : plan(s.tokens, s.outputs, s.rank, kDepth<T>, processors),
         expand_plan(s.tokens, s.hidden, processors),
         masked(space.take<T>(s.outputs * s.rank)),
         sums(space.take<float>(plan.splits > 1 ? plan.splits * s.tokens * s.rank : 0)),
@@ -978,16 +965,13 @@ bool all_aligned(std::initializer_list<int64_t> lengths, std::initializer_list<c
 unsigned blocks(int64_t count) { return static_cast<unsigned>(count); }
 
 template <typename T, bool kBackward>
-cudaError_t run_project(const Project<T>& project_arguments, const ProjectPlan<T>& plan, cudaStream_t stream) {
+cudaError_t run_project(const Project<T>& project_arguments, const ProjectPlan& plan, cudaStream_t stream) {
   Project<T> p = project_arguments;
   p.steps_per_split = plan.steps_per_split;
   const dim3 grid(blocks(plan.row_blocks * plan.column_blocks), blocks(plan.splits));
-  if constexpr (sizeof(T) == 2) {
-    if (plan.tall) return launch(project<T, kBackward, false, kTallRows>, grid, kThreads, kProjectBytes, stream, p);
-  }
-  if (plan.splits == 1)
-    return launch(project<T, kBackward, false, kTileRows>, grid, kThreads, kProjectBytes, stream, p);
-  const cudaError_t error = launch(project<T, kBackward, true, kTileRows>, grid, kThreads, kProjectBytes, stream, p);
+  constexpr size_t kSharedBytes = kProjectStages * kStageBytes;
+  if (plan.splits == 1) return launch(project<T, kBackward, false>, grid, kThreads, kSharedBytes, stream, p);
+  const cudaError_t error = launch(project<T, kBackward, true>, grid, kThreads, kSharedBytes, stream, p);
   if (error != cudaSuccess) return error;
   const dim3 finish(blocks(ceil_divide(p.left.rows, kFinishRows)), blocks(plan.column_blocks));
   return launch(project_finish<T, kBackward>, finish, kThreads, kThreads * sizeof(float), stream, p,
