@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -213,10 +214,12 @@ def _row(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(summaries: Sequence[dict[str, Any]]) -> None:
-    """Ends when the rows cannot be compared: other text, other held-out tokens, another budget or dense model."""
+    """Ends when the rows cannot be compared: other text, other held-out tokens, another budget or dense model. That
+    model's perplexity may differ by a thousandth, as it does in bf16 from one day on a GPU to the next."""
     for key in ("evaluation", "data", "tokens_trained", "steps", "seed", "dtype", "ppl_dense", "params_dense"):
         values = [summary[key] for summary in summaries]
-        if any(value != values[0] for value in values):
+        same = (lambda a, b: abs(a - b) <= 1e-3 * b) if key == "ppl_dense" else operator.eq
+        if not all(same(value, values[0]) for value in values):
             raise SystemExit(f"the runs differ in {key}: {values}; they are no comparison, nothing was written")
 
 

@@ -308,6 +308,9 @@ def test_quality_refuses_runs_that_are_no_comparison(script: Any) -> None:
     summaries = [{**same, "evaluation": {"tokens": tokens}} for tokens in (100, 101)]
     with pytest.raises(SystemExit, match="evaluation"):
         module.check(summaries)
+    module.check([{**same, "evaluation": {}, "ppl_dense": value} for value in (18.26, 18.252)])
+    with pytest.raises(SystemExit, match=r"ppl_dense: \[18.26, 18.3\]"):
+        module.check([{**same, "evaluation": {}, "ppl_dense": value} for value in (18.26, 18.3)])
 
 
 def test_criteria(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path, prose: str) -> None:
