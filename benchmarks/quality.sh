@@ -4,10 +4,11 @@
 #   benchmarks/quality.sh FOLDER [structured pat ast oneshot memory]
 #
 # FOLDER gets summary.txt, a log for each step, csv and picture of what is finished, and records.tgz: the records of all
-# trials, from which the scripts' --collect makes the tables again. What one call did not finish, the next one goes on
-# with; a step alone takes the name of it. The limits add up to five minutes, the steps of most value come first.
-# Steps of training: STRUCTURED_STEPS, PAT_STEPS, AST_STEPS. Seconds of a step: SECONDS_structured and so on. JOBS: 10, of
-# at most 5 GB each.
+# trials, from which the scripts' --collect makes the tables again, and --speed on another machine adds speeds. What one
+# call did not finish, the next one goes on with; a step alone takes the name of it. The steps of most value come first.
+# Steps of training: STRUCTURED_STEPS, PAT_STEPS, AST_STEPS. Seconds of a step: SECONDS_structured and so on. JOBS: 13, of
+# 5 GB each (one of LLM-Pruner 8). With CUDA's multi-process service (nvidia-cuda-mps-control -d) before it the trials do
+# not take turns on the GPU: an H100 and 16 cores then took 10 minutes for structured and pat, of which 2 to start.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: benchmarks/quality.sh FOLDER [structured pat ast oneshot memory]}
@@ -15,10 +16,10 @@ shift
 wanted=${*:-structured pat ast oneshot memory}
 python=${PYTHON:-python3}
 runs=runs/quality
-jobs=${JOBS:-10}
+jobs=${JOBS:-13}
 failed=0
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 mkdir -p "$out" "$runs"
 out=$(cd "$out" && pwd)
 
@@ -38,11 +39,12 @@ step() {
 # Checkpoints are written only where a step is stopped.
 common=(--model "$runs/dense" --jobs "$jobs")
 tuned=(--save-every 0 --batch-size 4 --window 512 --eval-window 2048)
+methods=(lora llm-pruner slicegpt loraprune slimgpt pat-identity pat-learned)
 [ -d "$runs/dense" ] || step model 60 "$python" -c "from pyprune import data; data.demo_model('$runs/dense')"
-step structured 90 "$python" benchmarks/structured_quality.py "${common[@]}" "${tuned[@]}" --out "$runs/structured" \
-  --steps "${STRUCTURED_STEPS:-100}" --warmup 10
-step pat 65 "$python" benchmarks/pat_quality.py "${common[@]}" "${tuned[@]}" --out "$runs/pat" \
-  --steps "${PAT_STEPS:-150}" --warmup 10
+step structured 420 "$python" benchmarks/structured_quality.py "${common[@]}" "${tuned[@]}" --out "$runs/structured" \
+  --steps "${STRUCTURED_STEPS:-100}" --warmup 10 --dtype bfloat16 --methods "${methods[@]}"
+step pat 240 "$python" benchmarks/pat_quality.py "${common[@]}" "${tuned[@]}" --out "$runs/pat" \
+  --steps "${PAT_STEPS:-300}" --warmup 10 --dtype bfloat16
 step ast 55 "$python" benchmarks/ast_quality.py "${common[@]}" "${tuned[@]}" --out "$runs/ast" \
   --steps "${AST_STEPS:-100}" --warmup 10 --points 4
 step oneshot 60 "$python" benchmarks/oneshot_quality.py "${common[@]}" --out "$runs/oneshot" --keep device

@@ -1,16 +1,19 @@
 """Keeps measurements: rows appended to results.csv, with the machine, the versions and the commit they belong to.
 
-python benchmarks/results.py H100          the newest ones of a kind of hardware as a table
+python benchmarks/results.py H100                              the newest ones of a kind of hardware as a table
+python benchmarks/results.py H100 --picture packed.png         packed linears against dense ones over tokens
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +26,7 @@ from pyprune.info import processor
 RESULTS = Path(__file__).with_name("results.csv")
 OURS = ("pyprune", "2:4", "bitmap", "50%", "70%")
 BOUNDS = ("floor", "limit", "products")
+PACKED = re.compile(r".* T=(?P<tokens>\d+) bfloat16 ?(?P<sparsity>\S*)")  # a case of nm_linear or bitmap_linear
 
 
 @dataclass(frozen=True)
@@ -112,14 +116,63 @@ def table(rows: Iterable[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def packed_gains(rows: Iterable[dict[str, str]]) -> dict[str, dict[int, list[float]]]:
+    """How much faster than torch's dense product in bf16 a packed one is: [kind of packing][tokens], a value for each
+    shape; the newest of each."""
+    medians: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["benchmark"] in ("nm_linear", "bitmap_linear") and PACKED.fullmatch(row["case"]):
+            medians.setdefault((row["benchmark"], row["case"]), {})[row["provider"]] = float(row["p50"])
+    found: dict[str, dict[int, list[float]]] = {}
+    for (_, case), of in medians.items():
+        mine = next((name for name in OURS if name in of), None)
+        match = PACKED.fullmatch(case)
+        if match and mine and "dense" in of:
+            kind = " ".join(filter(None, (mine, match["sparsity"])))
+            found.setdefault(kind, {}).setdefault(int(match["tokens"]), []).append(of["dense"] / of[mine])
+    return found
+
+
+def picture(gains: dict[str, dict[int, list[float]]], tokens: Sequence[int], title: str, path: Path) -> None:
+    """`packed_gains` at some numbers of tokens: the geometric mean over the shapes as a line, their range as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for kind, values in gains.items():
+        at = [count for count in tokens if count in values]
+        middle = [math.exp(sum(map(math.log, values[count])) / len(values[count])) for count in at]
+        (line,) = axes.plot(at, middle, marker="o", linewidth=2, label=kind)
+        ends = ([edge(values[count]) for count in at] for edge in (min, max))
+        axes.fill_between(at, *ends, alpha=0.15, color=line.get_color())
+    axes.axhline(1, color="gray", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
+    axes.set_xlabel("tokens in a forward pass")
+    axes.set_ylabel("speed, dense = 1")
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
 def main() -> None:
-    """Prints the table of one kind of hardware."""
+    """Prints the table of one kind of hardware, or draws its picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("hardware", help='part of its name, such as "H100"')
     parser.add_argument("--benchmarks", nargs="*", help="of these only")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw packed linears over tokens instead")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 16, 32, 64, 256, 2048], help="of the picture")
     arguments = parser.parse_args()
     with RESULTS.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if arguments.hardware in row["hardware"]]
+    if arguments.picture:
+        title = f"Packed linears against dense bf16 ones, {arguments.hardware}: mean and range of three shapes"
+        picture(packed_gains(rows), arguments.tokens, title, arguments.picture)
+        return
     print(table(row for row in rows if not arguments.benchmarks or row["benchmark"] in arguments.benchmarks))
 
 
