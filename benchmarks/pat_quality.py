@@ -94,9 +94,14 @@ def config(trial: Any, recipe: Recipe) -> dict[str, Any]:
 
 def summary_of(name: str, out: Path) -> dict[str, Any] | None:
     """That of a finished trial; the speeds of `time_alone`, if there are any, in place of its own."""
-    paths = [out / name / "summary.json", out / name / "stages" / f"{ALONE}.json"]
-    own, *alone = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {} for path in paths)
-    return own | {key: value for key, value in alone[0].items() if key != "seconds"} if own else None
+    summary, alone = out / name / "summary.json", out / name / "stages" / f"{ALONE}.json"
+    if not summary.exists():
+        return None
+    found = json.loads(summary.read_text(encoding="utf-8"))
+    if alone.exists():
+        speeds = json.loads(alone.read_text(encoding="utf-8"))
+        found |= {key: speeds[key] for key in ("prefill_speedup", "decode_speedup", "speed_on")}
+    return found
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:

@@ -51,10 +51,10 @@ def test_blocks_on_the_gpu_end_as_on_the_cpu(keep: str) -> None:
 
 def test_slimgpt_on_the_gpu_cuts_as_on_the_cpu() -> None:
     """In fp64: the same groups go, and the others become the same, but for transformers' angles and norms, which are
-    fp32 in an fp64 model: 1e-7 of noise in them moves a weight by 3e-7 of the largest."""
+    fp32 in an fp64 model: 1e-7 of noise in them moves a weight by 3e-7 of the largest; allowed is six times that."""
     method = SlimGPT(target="heads=1,channels=12")
     ids = torch.randint(3, 61, (3, 4, 12), generator=torch.Generator().manual_seed(3))
     expected, found = (method.cut(tiny("llama").to(device), list(ids)).state_dict() for device in ("cpu", "cuda"))
     for name, value in expected.items():
         assert found[name].is_cuda and found[name].shape == value.shape, name
-        torch.testing.assert_close(found[name].cpu(), value, rtol=0, atol=1e-5 * float(value.abs().max()), msg=name)
+        torch.testing.assert_close(found[name].cpu(), value, rtol=0, atol=2e-6 * float(value.abs().max()), msg=name)
