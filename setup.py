@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +41,7 @@ CXX_FLAGS = (
     "-Wextra",
 )
 BINDING_FLAGS = tuple("-O1" if flag == "-O3" else flag for flag in CXX_FLAGS)  # they only convert arguments
-NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v,-warn-spills")
+NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v,-warn-spills")
 ISA_FLAGS = {"generic": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -192,24 +191,17 @@ class NinjaFile:
         dependencies = ["  depfile = $out.d", "  deps = gcc"] if depfile else []
         self.lines += [f"rule {name}", f"  command = {command}", *dependencies]
 
-    def compile(self, rule: str, source: Path, name: str, *flags: str, after: Sequence[Path] = ()) -> None:
-        """Adds one object file, made after the files that it needs beside its source."""
+    def compile(self, rule: str, source: Path, name: str, *flags: str) -> None:
+        """Adds one object file."""
         target = self.build / f"{name}.o"
         self.objects.append(target)
-        self.edge(rule, target, [source.resolve()], *flags, after=after)
+        self.edge(rule, target, [source.resolve()], *flags)
 
-    def precompile(self, header: Path, *flags: str) -> Path:
-        """Adds a header that is parsed once, and returns the file; `-I` its folder and `-include` the header's name."""
-        target = self.build / "precompiled" / f"{header.name}.gch"
-        self.edge("cxx", target, [header.resolve()], *flags, "-x c++-header")
-        return target
-
-    def edge(self, rule: str, target: Path, inputs: list[Path], *flags: str, after: Sequence[Path] = ()) -> None:
+    def edge(self, rule: str, target: Path, inputs: list[Path], *flags: str) -> None:
         """Adds one build step. Paths may hold spaces, colons and dollars."""
         escape = lambda path: re.sub(r"([$ :])", r"$\1", str(path))  # noqa: E731
         options = " ".join(flags).replace("$", "$$")
-        needed = " ".join([*map(escape, inputs), *(["|", *map(escape, after)] if after else [])])
-        self.lines += [f"build {escape(target)}: {rule} {needed}", f"  flags = {options}"]
+        self.lines += [f"build {escape(target)}: {rule} {' '.join(map(escape, inputs))}", f"  flags = {options}"]
 
     def run(self) -> None:
         """Compiles everything, as many files at a time as there are cores."""
@@ -257,12 +249,8 @@ class BuildKernels(build_ext):
             options = (*NVCC_FLAGS, "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a")
             source = SOURCES / "cutlass/sparse_gemm.cu"
             file.compile("nvcc", source, "sparse_gemm_cutlass", *options, f"-isystem {quote(str(cutlass))}")
-        flags = (*BINDING_FLAGS, *defines, *includes)
-        header = file.precompile(SOURCES / "bindings.h", *flags)
-        included = (f"-I{quote(str(header.parent))}", f"-I{SOURCES.resolve()}", "-include bindings.h")
         described = f"-include {quote(str(self.write_info(build, info)))}"
-        for source in sorted(SOURCES.glob("*bindings.cpp")):
-            file.compile("cxx", source, source.stem, *flags, *included, described, after=[header])
+        file.compile("cxx", SOURCES / "bindings.cpp", "bindings", *BINDING_FLAGS, *defines, *includes, described)
         file.edge("link", target, file.objects, "-fopenmp", *(cuda.link if cuda else []))
         file.run()
         self.report(info, target)

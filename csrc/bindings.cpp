@@ -1,9 +1,17 @@
-// The Python module: the families of *_bindings.cpp, the choice of the instruction set, what was built.
+// The Python module: the families of *_bindings.h, the choice of the instruction set, what was built.
 //
 // PYPRUNE_MODULE names the module (the tests build the CUDA half alone, under another name, on an emulator).
-#include "bindings.h"
-
 #include <vector>
+
+#include "bitmap_bindings.h"
+#include "hsm_fused_bindings.h"
+#include "lora_score_bindings.h"
+#include "nm_adamw_bindings.h"
+#include "nm_bindings.h"
+#include "rank_bindings.h"
+#include "sparse_gemm_bindings.h"
+#include "sparsegpt_bindings.h"
+#include "transposable_bindings.h"
 
 #ifndef PYPRUNE_MODULE
 #define PYPRUNE_MODULE _C
@@ -14,15 +22,6 @@
 
 namespace pyprune {
 namespace {
-
-struct Halves {
-  Family::Bind cpu, cuda;
-};
-
-std::vector<Halves>& families() {
-  static std::vector<Halves> all;  // inside a function: the families register before main, in any order
-  return all;
-}
 
 struct InstructionSet {
   const char* name;
@@ -77,8 +76,6 @@ void set_isa(const std::string& name) {
 
 }  // namespace
 
-Family::Family(Bind cpu, Bind cuda) { families().push_back({cpu, cuda}); }
-
 int active_isa() { return active; }
 
 }  // namespace pyprune
@@ -92,12 +89,26 @@ PYBIND11_MODULE(PYPRUNE_MODULE, m) {
   cpu.def("isas", &supported_isas, "Instruction sets that this machine can run, best first.");
   cpu.def("isa", [] { return instruction_sets()[active].name; }, "The instruction set in use.");
   cpu.def("set_isa", &set_isa, py::arg("name"), "Use another of isas(), for the whole process.");
-  for (const Halves& family : families())
-    if (family.cpu) family.cpu(cpu);
+  bind_bitmap_cpu(cpu);
+  bind_hsm_fused_cpu(cpu);
+  bind_lora_score_cpu(cpu);
+  bind_nm_cpu(cpu);
+  bind_nm_adamw_cpu(cpu);
+  bind_rank_cpu(cpu);
+  bind_sparse_gemm_cpu(cpu);
+  bind_sparsegpt_cpu(cpu);
+  bind_transposable_cpu(cpu);
 #endif
 #ifdef PYPRUNE_WITH_CUDA
   py::module_ cuda = m.def_submodule("cuda", "CUDA launchers; the contracts are the headers in csrc/.");
-  for (const Halves& family : families())
-    if (family.cuda) family.cuda(cuda);
+  bind_bitmap_cuda(cuda);
+  bind_hsm_fused_cuda(cuda);
+  bind_lora_score_cuda(cuda);
+  bind_nm_cuda(cuda);
+  bind_nm_adamw_cuda(cuda);
+  bind_rank_cuda(cuda);
+  bind_sparse_gemm_cuda(cuda);
+  bind_sparsegpt_cuda(cuda);
+  bind_transposable_cuda(cuda);
 #endif
 }

@@ -1,4 +1,4 @@
-// The GPU half of the `lora_score` family: what lora_score_bindings.cpp calls and lora_score.cu defines. Raw pointers,
+// The GPU half of the `lora_score` family: what lora_score_bindings.h calls and lora_score.cu defines. Raw pointers,
 // no torch.
 //
 //   Ghat = gB (A - gA) + B gA      S = |Ghat * (W + scale B A)|      out = S summed over the dimension that is not

@@ -43,16 +43,18 @@ join() {
 }
 
 arch=$($python -c 'import torch; print("".join(map(str, torch.cuda.get_device_capability())).replace("90", "90a"))')
+# lines of the source in what the sanitizer and the profiler say
+export NVCC_APPEND_FLAGS=-lineinfo
 export PYPRUNE_CUDA=1 PYPRUNE_CUDA_ARCHS=${PYPRUNE_CUDA_ARCHS:-$arch}
-step build 60 $python setup.py -q build_ext --inplace || failed=$((failed + 1))
-step info 20 $python -m pyprune info || failed=$((failed + 1))
+step build 45 $python setup.py -q build_ext --inplace || failed=$((failed + 1))
+step info 10 $python -m pyprune info || failed=$((failed + 1))
 
 parallel=$($python -c 'import xdist' 2>/dev/null && echo "-n 6")
 pytest="$python -m pytest -q --continue-on-collection-errors"
-beside tests 150 $pytest $parallel -m gpu tests/gpu
+beside tests 120 $pytest $parallel -m gpu tests/gpu
 for tool in memcheck racecheck initcheck synccheck; do
   # with no caching a tensor is an allocation, whose end the sanitizer knows
-  beside $tool 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
+  beside $tool 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
     $pytest -m sanitizer tests/gpu -k "bfloat16 or slab or test_cp_async or test_ldmatrix"
 done
 join
@@ -60,13 +62,13 @@ join
 for command in \
   "tune 45 benchmarks/tune_sparse_gemm.py --save" \
   "bench_ops 75 benchmarks/bench_ops.py --device cuda --without compile --budget 1 --save" \
-  "bench_serving 90 benchmarks/bench_serving.py --device cuda --save" \
+  "bench_serving 110 benchmarks/bench_serving.py --device cuda --save" \
   "bench_hsm 50 benchmarks/bench_hsm.py --device cuda --dtypes bfloat16 --tokens 2048 16384 --save"; do
   read -r name seconds arguments <<<"$command"
   step $name $seconds $python $arguments || failed=$((failed + 1))
 done
 if command -v ncu >/dev/null; then
-  step profile 45 ncu --clock-control none --profile-from-start off --kernel-name-base demangled -k regex:pyprune \
+  step profile 75 ncu --clock-control none --profile-from-start off --kernel-name-base demangled -k regex:pyprune \
     --csv --page details --section SpeedOfLight --section Occupancy --section WarpStateStats --section LaunchStats \
     --log-file "$out/profile.csv" $python benchmarks/profile_ops.py || failed=$((failed + 1))
 fi

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = (
     *sorted((ROOT / "csrc").glob("*.cu")),
-    *sorted((ROOT / "csrc").glob("*bindings.cpp")),
+    ROOT / "csrc/bindings.cpp",
     HERE / "controls.cpp",
     HERE / "primitives.cu",
     HERE / "faults.cu",

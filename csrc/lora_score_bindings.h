@@ -1,4 +1,6 @@
 // The `lora_score` family in Python; lora_score_cpu.h and lora_score.h are the contracts.
+#pragma once
+
 #include "bindings.h"
 #include "lora_score.h"
 #include "lora_score_cpu.h"
@@ -7,20 +9,15 @@ namespace pyprune {
 
 #ifdef PYPRUNE_WITH_CPU
 PYPRUNE_CPU_KERNELS(LoraScoreCpuKernels, lora_score_cpu);
-#endif
 
-namespace {
-
-#ifdef PYPRUNE_WITH_CPU
-
-void bind_cpu(py::module_& m) {
+inline void bind_lora_score_cpu(py::module_& m) {
   m.attr("LORA_SCORE_STRIP") = kLoraScoreStrip;
   m.def(
       "lora_group_score",
       [](int dtype, int64_t outputs, int64_t inputs, int64_t rank, int dim, Address weight, Address factors,
          Address pairs, int64_t blocks, Address out, int threads) {
-        kernels().group_score(DType(dtype), outputs, inputs, rank, dim, pointer(weight), pointer<float>(factors),
-                              pointer<float>(pairs), blocks, pointer<float>(out), threads);
+        lora_score_cpu().group_score(DType(dtype), outputs, inputs, rank, dim, pointer(weight), pointer<float>(factors),
+                                     pointer<float>(pairs), blocks, pointer<float>(out), threads);
       },
       ReleaseGil());
 }
@@ -28,7 +25,7 @@ void bind_cpu(py::module_& m) {
 #endif  // PYPRUNE_WITH_CPU
 #ifdef PYPRUNE_WITH_CUDA
 
-void bind_cuda(py::module_& m) {
+inline void bind_lora_score_cuda(py::module_& m) {
   m.def("lora_group_score_sizes", [](int64_t outputs, int64_t inputs, int64_t rank, int dim) {
     int64_t partial_rows = 0, workspace_bytes = 0;
     lora_group_score_sizes(outputs, inputs, rank, dim, &partial_rows, &workspace_bytes);
@@ -46,7 +43,4 @@ void bind_cuda(py::module_& m) {
 
 #endif  // PYPRUNE_WITH_CUDA
 
-PYPRUNE_REGISTER_FAMILY;
-
-}  // namespace
 }  // namespace pyprune

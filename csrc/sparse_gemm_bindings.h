@@ -1,4 +1,6 @@
 // The `sparse_gemm` family in Python; sparse_gemm_cpu.h and sparse_gemm.h are the contracts.
+#pragma once
+
 #include "bindings.h"
 #include "sparse_gemm.h"
 #ifdef PYPRUNE_WITH_CUTLASS
@@ -10,48 +12,43 @@ namespace pyprune {
 
 #ifdef PYPRUNE_WITH_CPU
 PYPRUNE_CPU_KERNELS(SparseGemmCpuKernels, sparse_gemm_cpu);
-#endif
 
-namespace {
-
-#ifdef PYPRUNE_WITH_CPU
-
-void bind_cpu(py::module_& m) {
+inline void bind_sparse_gemm_cpu(py::module_& m) {
   m.def("sparse_gemm_workspace",
-        [](int64_t tokens, int64_t in_features) { return kernels().workspace(tokens, in_features); });
+        [](int64_t tokens, int64_t in_features) { return sparse_gemm_cpu().workspace(tokens, in_features); });
   m.def(
       "bitmap_linear",
       [](int dtype, int64_t tokens, int64_t out_features, int64_t in_features, Address x, Address values,
          int64_t values_size, Address bitmap, Address offsets, Address bias, Address y, Address workspace,
          int threads) {
-        kernels().bitmap_linear(DType(dtype), tokens, out_features, in_features, pointer(x), pointer(values),
-                                values_size, pointer<uint8_t>(bitmap), pointer<int64_t>(offsets), pointer(bias),
-                                pointer(y), pointer(workspace), threads);
+        sparse_gemm_cpu().bitmap_linear(DType(dtype), tokens, out_features, in_features, pointer(x), pointer(values),
+                                        values_size, pointer<uint8_t>(bitmap), pointer<int64_t>(offsets), pointer(bias),
+                                        pointer(y), pointer(workspace), threads);
       },
       ReleaseGil());
   m.def(
       "nm_linear",
       [](int dtype, int64_t tokens, int64_t out_features, int64_t in_features, int n, int m, Address x, Address values,
          Address metadata, Address bias, Address y, Address workspace, int threads) {
-        kernels().nm_linear(DType(dtype), tokens, out_features, in_features, n, m, pointer(x), pointer(values),
-                            pointer<uint8_t>(metadata), pointer(bias), pointer(y), pointer(workspace), threads);
+        sparse_gemm_cpu().nm_linear(DType(dtype), tokens, out_features, in_features, n, m, pointer(x), pointer(values),
+                                    pointer<uint8_t>(metadata), pointer(bias), pointer(y), pointer(workspace), threads);
       },
       ReleaseGil());
   m.def(
       "masked_linear",
       [](int dtype, int64_t tokens, int64_t out_features, int64_t in_features, Address x, Address weight, Address mask,
          Address bias, Address y, Address workspace, int threads) {
-        kernels().masked_linear(DType(dtype), tokens, out_features, in_features, pointer(x), pointer(weight),
-                                pointer<uint8_t>(mask), pointer(bias), pointer(y), pointer(workspace), threads);
+        sparse_gemm_cpu().masked_linear(DType(dtype), tokens, out_features, in_features, pointer(x), pointer(weight),
+                                        pointer<uint8_t>(mask), pointer(bias), pointer(y), pointer(workspace), threads);
       },
       ReleaseGil());
   m.def(
       "gathered_linear",
       [](int dtype, int64_t tokens, int64_t outputs, int64_t inputs, int64_t in_features, Address x, Address weight,
          Address in_index, Address out_index, Address bias, Address y, Address workspace, int threads) {
-        kernels().gathered_linear(DType(dtype), tokens, outputs, inputs, in_features, pointer(x), pointer(weight),
-                                  pointer<int64_t>(in_index), pointer<int64_t>(out_index), pointer(bias), pointer(y),
-                                  pointer(workspace), threads);
+        sparse_gemm_cpu().gathered_linear(DType(dtype), tokens, outputs, inputs, in_features, pointer(x),
+                                          pointer(weight), pointer<int64_t>(in_index), pointer<int64_t>(out_index),
+                                          pointer(bias), pointer(y), pointer(workspace), threads);
       },
       ReleaseGil());
 }
@@ -60,12 +57,12 @@ void bind_cpu(py::module_& m) {
 #ifdef PYPRUNE_WITH_CUDA
 
 // `shape` is (tokens, inputs, outputs).
-SparseShape sparse_shape(const py::tuple& sizes) {
+inline SparseShape sparse_shape(const py::tuple& sizes) {
   if (sizes.size() != 3) throw py::value_error("shape must be (tokens, inputs, outputs)");
   return {sizes[0].cast<int64_t>(), sizes[1].cast<int64_t>(), sizes[2].cast<int64_t>()};
 }
 
-void bind_cuda(py::module_& m) {
+inline void bind_sparse_gemm_cuda(py::module_& m) {
   m.def("nm_linear", [](const py::tuple& shape, bool tensor_cores, int splits, int dtype, Address x, Address values,
                         Address metadata, Address bias, Address y, Address partial, Address stream) {
     check(nm_linear(sparse_shape(shape), {tensor_cores, splits}, dtype, pointer(x), pointer(values),
@@ -96,7 +93,4 @@ void bind_cuda(py::module_& m) {
 
 #endif  // PYPRUNE_WITH_CUDA
 
-PYPRUNE_REGISTER_FAMILY;
-
-}  // namespace
 }  // namespace pyprune

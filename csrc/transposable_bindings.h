@@ -1,4 +1,6 @@
 // The `transposable` family in Python; transposable_cpu.h and transposable.h are the contracts.
+#pragma once
+
 #include "bindings.h"
 #include "transposable.h"
 #include "transposable_cpu.h"
@@ -7,17 +9,12 @@ namespace pyprune {
 
 #ifdef PYPRUNE_WITH_CPU
 PYPRUNE_CPU_KERNELS(TransposableCpuKernels, transposable_cpu);
-#endif
 
-namespace {
-
-#ifdef PYPRUNE_WITH_CPU
-
-void bind_cpu(py::module_& m) {
+inline void bind_transposable_cpu(py::module_& m) {
   m.def(
       "transposable_prune",
       [](int dtype, int64_t rows, int64_t columns, Address scores, Address bits, int threads) {
-        kernels().prune(DType(dtype), rows, columns, pointer(scores), pointer<uint8_t>(bits), threads);
+        transposable_cpu().prune(DType(dtype), rows, columns, pointer(scores), pointer<uint8_t>(bits), threads);
       },
       ReleaseGil());
 }
@@ -25,7 +22,7 @@ void bind_cpu(py::module_& m) {
 #endif  // PYPRUNE_WITH_CPU
 #ifdef PYPRUNE_WITH_CUDA
 
-void bind_cuda(py::module_& m) {
+inline void bind_transposable_cuda(py::module_& m) {
   m.def("transposable_prune", [](int dtype, int64_t rows, int64_t columns, Address scores, Address previous_bits,
                                  Address bits, Address flips, Address nans, Address stream) {
     check(transposable_prune(dtype, rows, columns, pointer(scores), pointer<uint8_t>(previous_bits),
@@ -36,7 +33,4 @@ void bind_cuda(py::module_& m) {
 
 #endif  // PYPRUNE_WITH_CUDA
 
-PYPRUNE_REGISTER_FAMILY;
-
-}  // namespace
 }  // namespace pyprune

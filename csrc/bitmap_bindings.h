@@ -1,4 +1,6 @@
 // The `bitmap` family in Python; bitmap_cpu.h and bitmap.h are the contracts.
+#pragma once
+
 #include "bindings.h"
 #include "bitmap.h"
 #include "bitmap_cpu.h"
@@ -7,34 +9,29 @@ namespace pyprune {
 
 #ifdef PYPRUNE_WITH_CPU
 PYPRUNE_CPU_KERNELS(BitmapCpuKernels, bitmap_cpu);
-#endif
 
-namespace {
-
-#ifdef PYPRUNE_WITH_CPU
-
-void bind_cpu(py::module_& m) {
+inline void bind_bitmap_cpu(py::module_& m) {
   m.def(
       "bitmap_scan",
       [](int dtype, int64_t rows, int64_t columns, Address weight, Address bitmap, Address offsets, int threads) {
-        kernels().scan(DType(dtype), rows, columns, pointer(weight), pointer<uint8_t>(bitmap),
-                       pointer<int64_t>(offsets), threads);
+        bitmap_cpu().scan(DType(dtype), rows, columns, pointer(weight), pointer<uint8_t>(bitmap),
+                          pointer<int64_t>(offsets), threads);
       },
       ReleaseGil());
   m.def(
       "bitmap_pack",
       [](int dtype, int64_t rows, int64_t columns, Address weight, Address bitmap, Address offsets, Address values,
          int threads) {
-        kernels().pack(DType(dtype), rows, columns, pointer(weight), pointer<uint8_t>(bitmap),
-                       pointer<int64_t>(offsets), pointer(values), threads);
+        bitmap_cpu().pack(DType(dtype), rows, columns, pointer(weight), pointer<uint8_t>(bitmap),
+                          pointer<int64_t>(offsets), pointer(values), threads);
       },
       ReleaseGil());
   m.def(
       "bitmap_unpack",
       [](int dtype, int64_t first_tile_row, int64_t rows, int64_t columns, Address values, Address bitmap,
          Address offsets, int64_t values_size, Address weight, int threads) {
-        kernels().unpack(DType(dtype), first_tile_row, rows, columns, pointer(values), pointer<uint8_t>(bitmap),
-                         pointer<int64_t>(offsets), values_size, pointer(weight), threads);
+        bitmap_cpu().unpack(DType(dtype), first_tile_row, rows, columns, pointer(values), pointer<uint8_t>(bitmap),
+                            pointer<int64_t>(offsets), values_size, pointer(weight), threads);
       },
       ReleaseGil());
 }
@@ -42,7 +39,7 @@ void bind_cpu(py::module_& m) {
 #endif  // PYPRUNE_WITH_CPU
 #ifdef PYPRUNE_WITH_CUDA
 
-void bind_cuda(py::module_& m) {
+inline void bind_bitmap_cuda(py::module_& m) {
   m.def("bitmap_scan",
         [](int64_t rows, int64_t columns, int dtype, Address weight, Address bitmap, Address offsets, Address stream) {
           check(bitmap_scan(rows, columns, dtype, pointer(weight), pointer<uint8_t>(bitmap), pointer<int64_t>(offsets),
@@ -65,7 +62,4 @@ void bind_cuda(py::module_& m) {
 
 #endif  // PYPRUNE_WITH_CUDA
 
-PYPRUNE_REGISTER_FAMILY;
-
-}  // namespace
 }  // namespace pyprune

@@ -1,4 +1,6 @@
 // SparseGPT's solve in Python; sparsegpt.h and sparsegpt_cpu.h are the contracts.
+#pragma once
+
 #include "bindings.h"
 #include "sparsegpt_cpu.h"
 
@@ -8,11 +10,9 @@ namespace pyprune {
 PYPRUNE_CPU_KERNELS(SparseGptCpuKernels, sparsegpt_cpu);
 #endif
 
-namespace {
-
-SparseGptSlab make_slab(int64_t rows, int64_t columns, int64_t begin, int width, int n, int m, Address work,
-                        Address upper, Address keep, int64_t groups, Address scale, Address zero, float levels,
-                        Address errors) {
+inline SparseGptSlab make_slab(int64_t rows, int64_t columns, int64_t begin, int width, int n, int m, Address work,
+                               Address upper, Address keep, int64_t groups, Address scale, Address zero, float levels,
+                               Address errors) {
   if (width < 1 || width > kMaxSlab) throw py::value_error("width must be 1 to 128");
   return {rows,
           columns,
@@ -32,27 +32,27 @@ SparseGptSlab make_slab(int64_t rows, int64_t columns, int64_t begin, int width,
 
 #ifdef PYPRUNE_WITH_CPU
 
-void bind_cpu(py::module_& m) {
+inline void bind_sparsegpt_cpu(py::module_& m) {
   m.def("sparsegpt_slab",
         [](int64_t rows, int64_t columns, int64_t begin, int width, int n, int m, Address work, Address upper,
            Address keep, int64_t groups, Address scale, Address zero, float levels, Address errors, int threads) {
           const auto slab =
               make_slab(rows, columns, begin, width, n, m, work, upper, keep, groups, scale, zero, levels, errors);
           const py::gil_scoped_release release;
-          kernels().slab(slab, threads);
+          sparsegpt_cpu().slab(slab, threads);
         });
   m.def("sparsegpt_select", [](int64_t rows, int64_t columns, int64_t begin, int width, Address work, Address upper,
                                Address keep, int64_t drop, int threads) {
     const auto slab = make_slab(rows, columns, begin, width, 0, 0, work, upper, keep, 0, 0, 0, 0.0f, 0);
     const py::gil_scoped_release release;
-    kernels().select(slab, drop, threads);
+    sparsegpt_cpu().select(slab, drop, threads);
   });
 }
 
 #endif  // PYPRUNE_WITH_CPU
 #ifdef PYPRUNE_WITH_CUDA
 
-void bind_cuda(py::module_& m) {
+inline void bind_sparsegpt_cuda(py::module_& m) {
   m.def("sparsegpt_slab",
         [](int64_t rows, int64_t columns, int64_t begin, int width, int n, int m, Address work, Address upper,
            Address keep, int64_t groups, Address scale, Address zero, float levels, Address errors, Address stream) {
@@ -64,7 +64,4 @@ void bind_cuda(py::module_& m) {
 
 #endif  // PYPRUNE_WITH_CUDA
 
-PYPRUNE_REGISTER_FAMILY;
-
-}  // namespace
 }  // namespace pyprune
