@@ -145,7 +145,11 @@ def tables(cells: Sequence[Cell]) -> str:
 
 
 def table(cells: Sequence[Cell]) -> str:
-    """Markdown: a line for each method and share, the mean over seeds (with their spread, if there are several)."""
+    """Markdown: a line for each method and share, the mean over seeds (with their spread, if there are several).
+
+    Memory is counted otherwise on a GPU than on a CPU, so only trials on the hardware of most rows stand in its column.
+    """
+    hardware = statistics.mode(c["hardware"] for c in cells)
     lines = [
         "| removed | method | perplexity | parameters | prefill | decode | peak memory |",
         "|---|---|---|---|---|---|---|",
@@ -161,15 +165,21 @@ def table(cells: Sequence[Cell]) -> str:
             f"{mean['perplexity']:.2f}{spread}",
             f"{mean['params'] / 1e6:.1f} M",
             *(times(mean.get(f"{phase}_speedup", "")) for phase in ("prefill", "decode")),
-            f"{mean['peak_training_bytes'] / 2**30:.2f} GiB",
+            _gibibytes([float(c["peak_training_bytes"]) for c in same if c["hardware"] == hardware]),
         ]
         lines.append(f"| {' | '.join(figures)} |")
+    elsewhere = [
+        f"{LABELS[c['method']]} at {float(c['removed_requested']):.0%}, seed {c['seed']}, on {c['hardware']}"
+        for c in cells
+        if c["hardware"] != hardware
+    ]
     first, timed = cells[0], dict.fromkeys(c["speed_on"] for c in cells if c["speed_on"])
     lines.append(
         f"\nSmolLM2-135M-Instruct (4-bit-rounded weights), dense {float(first['perplexity_dense']):.2f}; every method "
         f"tuned on {int(first['tokens_trained']):,} tokens ({first['steps']} steps), {first['dtype']}; perplexity on "
         f"{int(first['eval_tokens']):,} held-out tokens, window {first['eval_window']}; seeds "
-        f"{', '.join(sorted({c['seed'] for c in cells}))}; {first['hardware']}."
+        f"{', '.join(sorted({c['seed'] for c in cells}))}; {hardware}"
+        f"{' (' + '; '.join(elsewhere) + ')' if elsewhere else ''}."
         f"{' Speed beside the dense model: ' + '; '.join(timed) + '.' if timed else ''}"
     )
     return "\n".join(lines)
@@ -177,6 +187,10 @@ def table(cells: Sequence[Cell]) -> str:
 
 def _order(key: tuple[str, str]) -> tuple[float, int]:
     return float(key[0]), list(LABELS).index(key[1])
+
+
+def _gibibytes(sizes: Sequence[float]) -> str:
+    return f"{statistics.mean(sizes) / 2**30:.2f} GiB" if sizes else ""
 
 
 def _is_number(text: str) -> bool:

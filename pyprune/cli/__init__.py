@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -44,10 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(args, "interrupted; continue a run with --resume", 130)
     except Exception as error:
         return _handled(args, error)
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        _command(args.command).show(result)
+    try:
+        if args.json:
+            print(json.dumps(result, indent=2))
+        else:
+            _command(args.command).show(result)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads a pipe has seen enough (`| head`); what is left must not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -397,6 +397,12 @@ def test_structured_quality(
     assert [cell["decode_speedup"] == "" for cell in timed] == [True, False, False]
     assert timed[1]["decode_speedup"] == timed[2]["decode_speedup"]  # of one shape
     assert run("--seeds 0 1 --methods llm-pruner --collect") == timed
+    elsewhere = timed[2] | {"hardware": "another machine", "peak_training_bytes": "1"}  # memory is not its like
+    lines = module.table([*timed[:2], elsewhere]).splitlines()
+    (line,) = (line for line in lines if line.startswith("| 2") and "LLM-Pruner" in line)
+    assert f"| {mean:.2f} ± " in line
+    assert line.endswith(f"| {float(timed[1]['peak_training_bytes']) / 2**30:.2f} GiB |")
+    assert "(LLM-Pruner, then LoRA at 20%, seed 1, on another machine)" in lines[-1]
     both = timed
     capsys.readouterr()
     longer = run(f"--seeds 0 --methods lora --steps 7 --out {tmp_path / 'longer'}")

@@ -76,6 +76,14 @@ def test_help_needs_no_torch() -> None:
         assert command in done.stdout
 
 
+@pytest.mark.parametrize("options", ["", " --json"])
+def test_a_reader_that_closes_its_pipe_is_no_error(options: str) -> None:
+    # `true` has ended long before anything is printed
+    pipeline = f"( {sys.executable} -m pyprune info{options}; echo code $? >&2 ) | true"
+    done = subprocess.run(["sh", "-c", pipeline], capture_output=True, text=True, check=True)
+    assert done.stderr.split("\n")[-2] == "code 0" and "BrokenPipe" not in done.stderr
+
+
 def test_every_option_of_a_method_is_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     @dataclasses.dataclass
     class Sample:
