@@ -23,7 +23,7 @@ from pyprune.modules import SparseLinear
 from pyprune.packing import Packing
 from pyprune.quantizer import METHOD, SparseConfig
 
-PARTS = ("weight", "values", "metadata", "bitmap", "offsets")
+PARTS = {"weight": None, "values": None, "metadata": torch.uint8, "bitmap": torch.uint8, "offsets": torch.int64}
 
 
 class PackedConfig(QuantizationConfig):
@@ -103,8 +103,8 @@ class PackedLinearMethod(QuantizeMethodBase):
     ) -> None:
         """Places for everything that the checkpoint may have for this layer, to be filled by `_load`."""
         self.columns, self.rows, self.dtype = input_size_per_partition, output_partition_sizes, params_dtype
-        for part in PARTS:
-            parameter = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+        for part, dtype in PARTS.items():
+            parameter = nn.Parameter(torch.empty(0, dtype=dtype or params_dtype), requires_grad=False)
             parameter.weight_loader = partial(self._load, part)  # type: ignore[attr-defined]
             layer.register_parameter(part, parameter)
 
