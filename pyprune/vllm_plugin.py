@@ -4,7 +4,7 @@ vLLM fuses linears that read the same input (q, k and v; gate and up) and splits
 of variable length cannot follow. So every packed tensor is kept as it is read; when a layer is complete, its weights
 are unpacked one by one, cut to this process's share, put together, and packed again.
 
-Written against vLLM's published interfaces and tested with stand-ins for them. It has not run on a GPU.
+Run in vLLM 0.32.0's build for CPUs (docs/sparse.md), not yet on a GPU.
 """
 
 from __future__ import annotations
