@@ -50,11 +50,16 @@ def score(model: nn.Module, batches: Sequence[Tensor] | None, criterion: str | C
         ValueError: an unknown criterion, no batches where they are needed, batches that do not fit the model, or scores
             of unknown groups, of a wrong shape, or not finite; the group is named.
     """
-    if isinstance(criterion, str) and criterion not in CRITERIA:
-        raise ValueError(f"criterion is {criterion!r}; expected one of {', '.join(CRITERIA)}, or a function")
+    check_known(criterion, CRITERIA)
     name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
     found = (CRITERIA[criterion] if isinstance(criterion, str) else criterion)(model, batches or [])
     return check_scores(describe(model), found, f"criterion {name}")
+
+
+def check_known(criterion: str | Criterion, names: Iterable[str]) -> None:
+    """Raises ValueError for what is neither one of these names nor a function."""
+    if not callable(criterion) and criterion not in names:
+        raise ValueError(f"criterion is {criterion!r}; expected one of {', '.join(names)}, or a function")
 
 
 def check_scores(decoder: Decoder, scores: Scores, what: str) -> Scores:

@@ -24,9 +24,10 @@ PLAN = "plan.json"  # in every checkpoint: a resumed run makes the same cut
 
 @dataclass
 class LLMPruner(Structured):
-    """Cut before training; satisfies `Method`. Any criterion of `pyprune.criteria` may choose."""
+    """Cut before training; satisfies `Method`. Any criterion of `pyprune.criteria` may choose, or a function like them,
+    which gets the model and a list of batches, empty without calibration, and returns a score for every group."""
 
-    criterion: str = option(
+    criterion: str | criteria.Criterion = option(
         "taylor", "how important a group is; LLM-Pruner's are taylor, taylor-second and taylor-mixed",
         choices=list(criteria.CRITERIA),
     )  # fmt: skip
@@ -34,8 +35,7 @@ class LLMPruner(Structured):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.criterion not in criteria.CRITERIA:
-            raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(criteria.CRITERIA)}")
+        criteria.check_known(self.criterion, criteria.CRITERIA)
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}; expected at least 1")
         self._plan: plan.Plan | None = None
@@ -43,7 +43,7 @@ class LLMPruner(Structured):
     @property
     def reads_text(self) -> bool:
         """Whether `cut` needs calibration."""
-        return self.criterion not in criteria.WITHOUT_TEXT
+        return isinstance(self.criterion, str) and self.criterion not in criteria.WITHOUT_TEXT
 
     def cut(self, model: nn.Module, calibration: Sequence[torch.Tensor] | None) -> nn.Module:
         """Plans and cuts, without training: what is left is a stock model, if the widths are uniform."""

@@ -74,9 +74,13 @@ class LoRAPrune(Structured):
     model = loraprune.prepare(model)
     Trainer(model, ..., callbacks=[loraprune.callback()]).train()
     loraprune.finalize(model).save_pretrained("small")
+
+    From Python `criterion` may also be a function (`criteria.Criterion`): at every scored step, behind its backward
+    passes and without gradients, it gets the model and a list of the token ids [B, T] that the last forward pass read,
+    and returns a score for every group that is left.
     """
 
-    criterion: str = option(
+    criterion: str | criteria.Criterion = option(
         "lora", "how important a group is: lora (the paper's) or activation (Minitron's, of the training's own passes)",
         choices=list(CRITERIA),
     )  # fmt: skip
@@ -92,8 +96,7 @@ class LoRAPrune(Structured):
         super().__post_init__()
         if self.dora:
             raise ValueError("dora is True; LoRAPrune's criterion is that of LoRA's gradients, so leave it off")
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"criterion is {self.criterion!r}; expected one of {', '.join(CRITERIA)}")
+        criteria.check_known(self.criterion, CRITERIA)
         for name in ("warmup_share", "cooldown_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share of the steps, 0 up to 1")
@@ -208,8 +211,11 @@ class _Tuning:
         self.masks: dict[str, Tensor | None] = dict.fromkeys(dense)
         self.resume: Path | None = None
         self.squares: dict[str, Tensor] = {}  # of this step's activations
+        self.ids: list[Tensor] = []  # what the last forward pass read, for a criterion that is a function
         self.watching = False
         self.hooks = [g.writer.linear.register_forward_pre_hook(self._hook(g.name)) for g in decoder.groups()]
+        if callable(options.criterion):
+            self.hooks.append(decoder.embedding.register_forward_pre_hook(self._keep_ids))
 
     def _hook(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -219,6 +225,10 @@ class _Tuning:
             return None if mask is None else (args[0] * mask.to(args[0].dtype), *args[1:])
 
         return hook
+
+    def _keep_ids(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module.training:
+            self.ids = [args[0]]
 
     def alive(self, name: str) -> Tensor:
         """1 for groups that count, 0 for masked ones [dense count]."""
@@ -259,7 +269,12 @@ class _Tuning:
         clipped = self.take_clip_factor()
         groups = self.decoder.groups()
         alive = {g.name: self.alive(g.name)[self.present[g.name]] for g in groups}
-        if self.options.criterion == "activation":
+        if callable(self.options.criterion):
+            found = criteria.score(self.model, self.ids, self.options.criterion)
+            if missing := [g.name for g in groups if g.name not in found]:
+                raise ValueError(f"the criterion's scores lack {', '.join(missing)}; score every group that is left")
+            scores = {g.name: found[g.name].to(self.sentinel.device) for g in groups}
+        elif self.options.criterion == "activation":
             scores = criteria.activation_scores(groups, self.squares)
         else:
             scores = criteria.lora_scores(groups, clipped, alive)

@@ -25,6 +25,25 @@ def llm_pruner(**options: Any) -> LLMPruner:
     return LLMPruner(**{"target": "heads=1,channels=12", "lora_rank": 3, "lora_dropout": 0.0, "samples": 6} | options)
 
 
+@pytest.mark.parametrize("calibration", [None, CALIBRATION])
+def test_own_function_chooses(calibration: Any) -> None:
+    """With text or without; what it scores highest stays."""
+    read: list[int] = []
+
+    def last_best(model: Any, batches: Any) -> dict[str, Tensor]:
+        read.append(sum(len(batch) for batch in batches))
+        return {g.name: torch.arange(g.count).float() for g in describe(model).groups()}
+
+    model = tiny("qwen3")
+    gates = [layer.mlp.gate_proj.weight[12:].clone() for layer in model.model.layers]
+    method = llm_pruner(target="channels=28", criterion=last_best)
+    assert not method.reads_text
+    cut = method.cut(model, calibration)
+    assert read == [0 if calibration is None else 6]
+    for layer, left in zip(cut.model.layers, gates, strict=True):
+        assert torch.equal(layer.mlp.gate_proj.weight, left)
+
+
 @pytest.mark.parametrize("criterion", ["taylor", "taylor-mixed", "activation", "magnitude"])
 def test_the_best_by_the_criterion_stay(criterion: str) -> None:
     model = tiny("qwen3")

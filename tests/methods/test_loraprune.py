@@ -216,6 +216,40 @@ def test_heads_that_no_activation_passes_go_first(checkpointing: bool, tmp_path:
     assert method.finalize(model).config.num_key_value_heads == 1
 
 
+def test_own_function_chooses(tmp_path: Path) -> None:
+    """It sees the step's tokens and what is left of each group; scores that do not fit end the training."""
+    seen: list[list[int]] = []
+
+    def last_best(model: nn.Module, batches: Any) -> dict[str, Tensor]:
+        (ids,) = batches
+        assert ids.shape == (4, 12) and any(torch.equal(ids[0], row) for row in windows().ids)
+        counts = {g.name: g.count for g in describe(model).groups()}
+        seen.append(list(counts.values()))
+        return {name: torch.arange(count).float() for name, count in counts.items()}
+
+    method = loraprune(criterion=last_best)
+    model = method.prepare(tiny("qwen2", False, torch.float32))
+    tuning = method._tuning
+    train(method, model, tmp_path / "own")
+    assert seen[0] == [2, 40, 2, 40] and seen[-1] != seen[0]  # milestones cut in between
+    for name, kept in (("heads", [1]), ("channels", list(range(28, 40)))):
+        for i in (0, 1):
+            left = tuning.present[f"block{i}_{name}"]
+            assert left[tuning.alive(f"block{i}_{name}")[left] > 0].tolist() == kept
+    for number, message in (
+        (math.nan, "function: 2 of 2 scores of block0_heads are not finite"),
+        (None, "lack block1_"),
+    ):
+
+        def function(model: nn.Module, batches: Any, number: float | None = number) -> dict[str, Tensor]:
+            groups = {g.name: torch.full((g.count,), number or 0.0) for g in describe(model).groups()}
+            return {name: values for name, values in groups.items() if number is not None or "block0" in name}
+
+        method = loraprune(criterion=function)
+        with pytest.raises(ValueError, match=message):
+            train(method, method.prepare(tiny("qwen2", False, torch.float32)), tmp_path / str(number))
+
+
 class At(TrainerCallback):
     """Stops, saved, behind a step."""
 
