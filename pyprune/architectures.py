@@ -24,7 +24,8 @@ class Family:
     """Attribute paths of one model family; the defaults are Llama's. Block paths are relative to a block.
 
     A family fits when every block computes `x += out(f(norm(x)))` twice (attention, then MLP) with an RMSNorm `norm`,
-    and nothing else reads or writes the residual stream but the embedding, the final norm and the head.
+    and nothing else reads or writes the residual stream but the embedding, the final norm and the head, whose product
+    is the logits as they are.
     """
 
     embedding: str = "model.embed_tokens"
@@ -43,6 +44,11 @@ class Family:
     norm_offset: float = 0.0  # a norm's gain is its weight plus this
     embedding_scale: Callable[[int], float] | None = None  # what stock code multiplies embeddings with, of hidden_size
     width_multiple: str | None = None  # the config field that hidden_size must be a multiple of
+
+    @property
+    def stack(self) -> str:
+        """The model without its head, which calls the blocks."""
+        return self.blocks.rpartition(".")[0]
 
 
 FAMILIES: dict[str, Family] = {
@@ -156,7 +162,7 @@ class Decoder:
     @property
     def stack(self) -> nn.Module:
         """The model without its head: call it to run the blocks only."""
-        return self.model.get_submodule(self.family.blocks.rpartition(".")[0])
+        return self.model.get_submodule(self.family.stack)
 
     @property
     def tied(self) -> bool:
@@ -351,6 +357,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return get_base_model() if callable(get_base_model) else model
 
 
+def stack_of(model: nn.Module) -> nn.Module | None:
+    """The model without its head, which calls the blocks; None for a family that has no entry here."""
+    model = unwrap(model)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    family = FAMILIES.get(model_type) or LAYER_NORM_FAMILIES.get(model_type)  # type: ignore[arg-type]
+    return model.get_submodule(family.stack) if family else None
+
+
 def describe(model: nn.Module) -> Decoder:
     """Find a causal language model's parts.
 
@@ -503,6 +517,6 @@ def describe_blocks(model: nn.Module) -> Trunk:
     model = unwrap(model)
     blocks = _part(model, model, family.blocks).named_children()
     return Trunk(
-        stack=model.get_submodule(family.blocks.rpartition(".")[0]),
+        stack=model.get_submodule(family.stack),
         blocks=tuple(BlockLinears(f"{family.blocks}.{i}", block, branches(block)) for i, block in blocks),
     )

@@ -16,7 +16,9 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetens
 
 
 def version_of(package: str) -> str:
-    """The installed version of a package."""
+    """The installed version of a package; torch says itself for which CUDA it was built, which its wheel may not."""
+    if package == "torch":
+        return torch.__version__
     try:
         return version(package)
     except PackageNotFoundError:

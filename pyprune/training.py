@@ -29,6 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from pyprune.console import progress_bar
 from pyprune.data import TokenWindows
+from pyprune.head_loss import HeadLoss, applies
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
@@ -436,6 +437,8 @@ def tune(
             "remove_unused_columns": False,
             "report_to": "none",
             "disable_tqdm": True,
+            "bf16": _mixes(model),
+            "use_cpu": not torch.cuda.is_available(),
             **(CHECKPOINTING if gradient_checkpointing else {}),
             **arguments,
         }
@@ -466,15 +469,34 @@ def tune(
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     if done < steps:
         try:
-            with stop.listening(), contextlib.closing(logger), _clear_disk_full(output_dir):
+            with stop.listening(), contextlib.closing(logger), _clear_disk_full(output_dir), _head_loss(model):
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes the autocast off it
             remove_partial(output_dir)
         done = trainer.state.global_step
     if done < steps:
         raise InterruptedTraining(f"stopped at step {done} of {steps}; the checkpoint of this step is in {output_dir}")
     model.zero_grad(set_to_none=True)
     return Tuned(steps, steps * tokens_per_step, logger.seconds)
+
+
+def _mixes(model: nn.Module) -> bool:
+    """Whether fp32 adapters lie on bf16 weights. PEFT leaves their products in fp32, on a copy of every activation;
+    autocast makes them bf16, as the products that they are added to."""
+    dtypes = {trained: {p.dtype for p in model.parameters() if p.requires_grad is trained} for trained in (True, False)}
+    return torch.float32 in dtypes[True] and torch.bfloat16 in dtypes[False]
+
+
+@contextlib.contextmanager
+def _head_loss(model: nn.Module) -> Iterator[None]:
+    """The model's loss from its hidden states, where it is the same: nobody reads the logits of all tokens here."""
+    loss = HeadLoss(model) if applies(model) else None
+    try:
+        yield
+    finally:
+        if loss:
+            loss.remove()
 
 
 @contextlib.contextmanager

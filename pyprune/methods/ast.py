@@ -248,7 +248,7 @@ class _Tuning:
             else open_model(o.teacher, str(model.dtype).removeprefix("torch."))
         )
         weights = Weights(o.kl_weight, o.ce_weight, o.temperature)
-        return Distillation(model, describe_blocks(model).stack, teacher, describe_blocks(teacher).stack, weights)
+        return Distillation(model, teacher, weights)
 
     def _mask(self, linear: Linear, norm: Tensor | None) -> MaskedLinear:
         weight = linear.module.get_parameter("weight")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyprune import distillation
+from pyprune import head_loss
 from pyprune.distillation import Weights, distillation_loss
 
 WEIGHTS = Weights(kl=0.67, ce=0.33, temperature=2.0)
@@ -46,7 +46,7 @@ def by_hand(t: dict[str, Tensor], weights: Weights, items: int | None) -> tuple[
 @pytest.mark.parametrize("items", [None, 40])
 @pytest.mark.parametrize("weights", [WEIGHTS, Weights(0.5, 1.0, 1.0), Weights(1.0, 0.0, 3.0)], ids=str)
 def test_loss_and_gradients(monkeypatch: pytest.MonkeyPatch, chunk: int, items: int | None, weights: Weights) -> None:
-    monkeypatch.setattr(distillation, "CHUNK", chunk)
+    monkeypatch.setattr(head_loss, "CHUNK", chunk)
     t = inputs(torch.float64)
     leaves = t["hidden"], t["head"]
     found, right = distillation_loss(**t, weights=weights, items=items), by_hand(t, weights, items)
@@ -89,7 +89,7 @@ def test_no_matrix_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> Non
     from torch.utils._python_dispatch import TorchDispatchMode
 
     chunk = 4 * VOCABULARY
-    monkeypatch.setattr(distillation, "CHUNK", chunk)
+    monkeypatch.setattr(head_loss, "CHUNK", chunk)
     sizes = []
 
     class Watch(TorchDispatchMode):
