@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pyprune
-from pyprune import ops, surgery
+from pyprune import head_loss, ops, surgery
 from pyprune.architectures import Decoder
 from pyprune.data import Corpus, Document
 from pyprune.runs import RunError
@@ -114,6 +114,28 @@ def test_loraprune_step(script: Any, capsys: pytest.CaptureFixture[str]) -> None
     assert times["limit of scoring"] == times["lora"]  # masks multiply nothing
     assert 0.6 < times["limit of cut"] / times["lora"] < 0.9  # a quarter of all weights, more of the linears'
     assert "cut against masked" in capsys.readouterr().out
+
+
+TUNE_STEP = "--shapes toy --dtypes bfloat16 --tokens 32 --window 16 --rounds 2 --threads 1"
+
+
+def test_tune_step(script: Any) -> None:
+    kept = script("bench_tune_step", TUNE_STEP)
+    ways = ["Trainer", "Trainer, bf16=True", "HeadLoss", "tune"]
+    assert [row["provider"] for row in kept if row["benchmark"] == "tune step"] == [*ways, "floor"]
+    assert [row["provider"] for row in kept if row["benchmark"] == "head loss"] == [
+        "whole", "head_loss", "torch", "floor",
+    ]  # fmt: skip
+    assert [row["provider"] for row in kept if row["benchmark"] == "tune step memory"] == ways
+
+
+def test_tune_step_refuses_another_loss(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: Any, hidden: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
+        return 1.02 * head_loss.head_loss(hidden, self.head.weight, labels, items)[0]
+
+    monkeypatch.setattr(head_loss.HeadLoss, "loss", wrong)
+    with pytest.raises(SystemExit, match=r"the loss of HeadLoss is .*, that of Trainer"):
+        script("bench_tune_step", TUNE_STEP)
 
 
 def test_serving(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
