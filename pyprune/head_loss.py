@@ -2,8 +2,8 @@
 
 The head's product, the loss and both gradients are computed for a few tokens at a time, already in the forward pass:
 of logits only `CHUNK` exist at one time, in the products' dtype and in fp32. `torch.nn.functional.linear_cross_entropy`
-(torch 2.13) does the same for the cross entropy alone; on a CPU it took four times as long as whole logits, and this two
-thirds in bf16 (benchmarks/bench_tune_step.py).
+(torch 2.13) does the same for the cross entropy alone; on a CPU it took four times as long as whole logits, and this
+two thirds in bf16 (benchmarks/bench_tune_step.py).
 """
 
 from __future__ import annotations
