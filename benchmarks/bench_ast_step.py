@@ -101,8 +101,7 @@ class Tuning:
             self.optimizer: torch.optim.Optimizer = MaskedAdamW(self.model.parameters(), self.tuning.masked(), lr=1e-5)
         else:
             teacher = copy.deepcopy(self.model)
-            stacks = [describe_blocks(model).stack for model in (self.model, teacher)]
-            self.distillation = Distillation(self.model, stacks[0], teacher, stacks[1], Weights(0.67, 0.33, 2.0))
+            self.distillation = Distillation(self.model, teacher, Weights(0.67, 0.33, 2.0))
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.model.train()
 
