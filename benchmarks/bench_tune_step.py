@@ -17,13 +17,13 @@ import gc
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from bench_loraprune_step import Setting
 from bench_pat_step import MEBIBYTE, Tuning, give_back
 from harness import Case, Contender, Session, options
-from models import SHAPES, batch_of, build, floating_point_operations
+from models import SHAPES, build, floating_point_operations
 from results import Row
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,26 +36,9 @@ ADAPTERS = {"lora_rank": 16, "lora_alpha": 16.0, "lora_dropout": 0.0}
 WAYS = {"Trainer": (False, False), "Trainer, bf16=True": (True, False), "HeadLoss": (False, True), "tune": (True, True)}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One model, dtype and batch; `threads` for the processes that measure memory."""
-
-    shape: str
-    dtype: str
-    tokens: int
-    window: int
-    threads: int
-
-    def __str__(self) -> str:
-        return f"{self.shape} {self.dtype} batch={self.tokens // self.window}x{self.window}"
-
-    def ids(self) -> Tensor:
-        """The batch [tokens / window, window]."""
-        return batch_of(self.shape, self.tokens, self.window)
-
-    def ways(self) -> list[str]:
-        """Those of `WAYS` that differ: fp32 weights are trained in fp32, there `HeadLoss` is what `tune` adds."""
-        return list(WAYS) if self.dtype == "bfloat16" else ["Trainer", "tune"]
+def ways(setting: Setting) -> list[str]:
+    """Those of `WAYS` that differ: fp32 weights are trained in fp32, there `HeadLoss` is what `tune` adds."""
+    return list(WAYS) if setting.dtype == "bfloat16" else ["Trainer", "tune"]
 
 
 def contender(setting: Setting, name: str) -> Tuning:
@@ -71,7 +54,7 @@ def contender(setting: Setting, name: str) -> Tuning:
 
 def time_steps(setting: Setting, session: Session) -> None:
     """Checks, times and reports one setting."""
-    tunings = {name: contender(setting, name) for name in setting.ways()}
+    tunings = {name: contender(setting, name) for name in ways(setting)}
     losses = {name: tuning.step() for name, tuning in tunings.items()}
     allowed = 2**-8 if setting.dtype == "bfloat16" else 1e-6
     for name, loss in losses.items():
@@ -89,9 +72,9 @@ def time_steps(setting: Setting, session: Session) -> None:
     session.run(case)
 
 
-def peak(setting: Setting, name: str) -> float | None:
+def peak(setting: Setting, name: str, threads: int) -> float | None:
     """MiB that a step takes at most, in this process; call it in a fresh one."""
-    torch.set_num_threads(setting.threads)
+    torch.set_num_threads(threads)
     with peak_memory() as empty:
         pass
     tuning = contender(setting, name)
@@ -102,12 +85,12 @@ def peak(setting: Setting, name: str) -> float | None:
     return None if full.bytes is None or empty.bytes is None else (full.bytes - empty.bytes) / MEBIBYTE
 
 
-def memory(setting: Setting) -> list[Row]:
+def memory(setting: Setting, threads: int) -> list[Row]:
     """Measures the memory of each way, prints its lines, and returns them."""
     found = {}
-    for name in setting.ways():
+    for name in ways(setting):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            value = pool.submit(peak, setting, name).result()
+            value = pool.submit(peak, setting, name, threads).result()
         if value is not None:
             found[name] = value
             print(f"  {name:18} {value:9.0f} MiB at most, {value / found['Trainer']:.2f}x Trainer")
@@ -166,11 +149,11 @@ def main() -> None:
     session = Session(arguments)
     for shape in arguments.shapes:
         for dtype in arguments.dtypes:
-            setting = Setting(shape, dtype, arguments.tokens, arguments.window, arguments.threads)
+            setting = Setting(shape, dtype, arguments.tokens, arguments.window)
             time_loss(setting, session)
             time_steps(setting, session)
             gc.collect()
-            session.keep(memory(setting))
+            session.keep(memory(setting, arguments.threads))
 
 
 if __name__ == "__main__":

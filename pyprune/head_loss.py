@@ -82,7 +82,7 @@ class _HeadLoss(torch.autograd.Function):
         size = min(len(hidden), max(1, CHUNK // len(head)))
         # Written again and again: memory that is new at every chunk costs a CPU more than the arithmetic in it.
         narrow_z = hidden.new_empty(size, len(head))
-        wide_z = narrow_z if hidden.dtype == wide else narrow_z.to(wide)
+        wide_z = narrow_z if hidden.dtype == wide else torch.empty_like(narrow_z, dtype=wide)
         sums: list[Tensor] = []
         for start in range(0, max(1, len(hidden)), max(1, size)):  # once, if no token counts
             part = slice(start, start + size)
@@ -179,4 +179,5 @@ def applies(model: nn.Module) -> bool:
     stock = cast(Any, unwrap(model))
     if stack_of(stock) is None or getattr(stock, "loss_function", None) is not ForCausalLMLoss:
         return False
-    return getattr(stock.get_output_embeddings(), "bias", None) is None
+    head = stock.get_output_embeddings()
+    return type(head) is nn.Linear and head.bias is None  # a packed, quantised or adapted one computes something else

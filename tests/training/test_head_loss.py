@@ -139,6 +139,9 @@ def test_applies_only_where_it_is_the_same() -> None:
     biased: Any = tiny("llama")
     biased.lm_head.bias = nn.Parameter(torch.ones(VOCABULARY))
     assert not applies(biased)
+    special: Any = tiny("llama")
+    special.lm_head.__class__ = type("Packed", (nn.Linear,), {})  # as SparseLinear and those of bitsandbytes are
+    assert not applies(special)
     assert not applies(nn.Linear(2, 2))
 
 
