@@ -32,8 +32,8 @@ LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CUTLASS_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
 BLOCKS = (1, 2, 3, 4, 5, 6, 8)
-PLAIN_TOKENS = 16
-"""Beyond them the plain kernel, which reads the weight once for four tokens, is not tried."""
+MOST_TOKENS = {"plain": 16, "two tokens": 2, "tensor cores": max(TOKENS)}
+"""Up to which each kernel is tried; the plain one reads the weight once for four tokens."""
 DEVICE = torch.device("cuda")
 DTYPES = {"16-bit": torch.bfloat16, "32-bit": torch.float32}
 
@@ -45,9 +45,11 @@ Times = dict[tuple[int, "Choice | str"], list[float]]
 """Of tokens and a choice: seconds, one value a layer."""
 
 
-def choices(size: str) -> list[Choice]:
+def choices(op: str, size: str) -> list[Choice]:
     """The plans to try."""
-    kernels = ("tensor cores", "plain") if size == "16-bit" else ("plain",)
+    kernels = ["plain"] if size == "32-bit" else ["plain", "tensor cores"]
+    if op == "bitmap_linear" and size == "16-bit":
+        kernels.append("two tokens")
     return [(kernel, blocks) for kernel in kernels for blocks in BLOCKS]
 
 
@@ -72,9 +74,9 @@ def all_times(measure: Measure, op: str, size: str) -> Times:
     outermost loop, so that the copies of a weight are made once."""
     found: Times = {}
     for layer in LAYERS:
-        for choice in (*choices(size), "expand", "dense"):
+        for choice in (*choices(op, size), "expand", "dense"):
             for tokens in TOKENS:
-                if isinstance(choice, str) or choice[0] == "tensor cores" or tokens <= PLAIN_TOKENS:
+                if isinstance(choice, str) or tokens <= MOST_TOKENS[choice[0]]:
                     found.setdefault((tokens, choice), []).append(measure(op, DTYPES[size], layer, tokens, choice))
     return found
 
@@ -150,14 +152,26 @@ class OnDevice:
         self.rounds = rounds
         self.key: object = None
         self.weights: list[tuple[Tensor, ...]] = []
+        self.found: dict[tuple[int, plans.Plan | str], float] = {}
+        """Of tokens and a plan: several numbers of blocks may come to the same one."""
 
     def __call__(self, op: str, dtype: torch.dtype, layer: tuple[int, int], tokens: int, choice: Choice | str) -> float:
         key = (op, dtype, layer, choice == "dense")
         if key != self.key:
-            self.key, self.weights = key, []
+            self.key, self.weights, self.found = key, [], {}
             self.weights = self._copies(op, dtype, layer, choice == "dense")
-        x = torch.randn(tokens, layer[1], device="cuda", dtype=dtype)
-        return self._time(lambda weight: self._multiply(op, x, weight, layer, choice))
+        plan = self._plan(choice, layer)
+        if (tokens, plan) not in self.found:
+            x = torch.randn(tokens, layer[1], device="cuda", dtype=dtype)
+            self.found[tokens, plan] = self._time(lambda weight: self._multiply(op, x, weight, layer, plan))
+        return self.found[tokens, plan]
+
+    def _plan(self, choice: Choice | str, layer: tuple[int, int]) -> plans.Plan | str:
+        if isinstance(choice, str):
+            return choice
+        kernel, blocks = choice
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        return plans.Plan(kernel, plans.splits(blocks, processors, layer[1], layer[0]))
 
     def _copies(self, op: str, dtype: torch.dtype, layer: tuple[int, int], dense: bool) -> list[tuple[Tensor, ...]]:
         weight = torch.randn(layer, device="cuda", dtype=dtype)
@@ -171,18 +185,13 @@ class OnDevice:
         return [tuple(tensor.clone() for tensor in packed) for _ in range(timing.copies_for(size, DEVICE))]
 
     def _multiply(
-        self, op: str, x: Tensor, weight: tuple[Tensor, ...], layer: tuple[int, int], choice: Choice | str
+        self, op: str, x: Tensor, weight: tuple[Tensor, ...], layer: tuple[int, int], plan: plans.Plan | str
     ) -> object:
-        if choice == "dense":
+        if plan == "dense":
             return linear(x, weight[0])
-        plan = None
-        if not isinstance(choice, str):
-            kernel, blocks = choice
-            processors = torch.cuda.get_device_properties(0).multi_processor_count
-            plan = plans.Plan(kernel == "tensor cores", plans.splits(blocks * processors, layer[1], layer[0]))
         with (
-            patch.object(sparse_gemm, "plan", lambda *arguments: plan),
-            patch.object(sparse_gemm, "suits_cutlass", lambda *arguments: choice == "cutlass"),
+            patch.object(sparse_gemm, "plan", lambda *arguments: None if isinstance(plan, str) else plan),
+            patch.object(sparse_gemm, "suits_cutlass", lambda *arguments: plan == "cutlass"),
         ):
             return getattr(ops, op)(x, *weight, *((2, 4) if op == "nm_linear" else layer))
 

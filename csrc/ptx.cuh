@@ -1,6 +1,6 @@
-// The only inline PTX of the project: asynchronous copies, fragment loads and the 16-bit tensor-core product.
-// Every primitive has a twin that the SIMT emulator of the tests executes (PYPRUNE_SIMT). tests/simt holds the twins,
-// and tests/gpu the device, to the same formulas of the PTX ISA.
+// The only inline PTX of the project: asynchronous copies, fragment loads, the 16-bit tensor-core product, and the
+// order of two kernels. Every primitive has a twin that the SIMT emulator of the tests executes (PYPRUNE_SIMT).
+// tests/simt holds the twins, and tests/gpu the device, to the same formulas of the PTX ISA.
 //
 // Fragment layouts (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"), with group = lane / 4 and
 // pair = 2 * (lane % 4):
@@ -53,6 +53,20 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+}
+
+// Between two kernels of a stream (launch_early): from when on the blocks of the next one may take their places, and,
+// in it, the wait until all of the kernel before it is done and seen. Before sm_90 kernels follow one another anyway.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
 }
 
 // Loads four 8x8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8 (16 bytes, 16-byte aligned).
@@ -145,6 +159,9 @@ template <int N>
 void cp_async_wait(int line = __builtin_LINE()) {
   simt::async_wait(N, line);
 }
+
+inline void let_next_kernel_start() {}  // Kernels follow one another.
+inline void wait_for_previous_kernel() {}
 
 inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector, int line = __builtin_LINE()) {
   return simt::permute_bytes(low, high, selector, line);

@@ -176,7 +176,7 @@ struct Nm {
   };
 
   // On tensor cores: a word of metadata per lane serves two products (see ptx.cuh).
-  template <int kTiles>
+  template <int kTokens, int kTiles>
   static __device__ __forceinline__ void multiply(float (&sums)[2][kTiles][4], int tiles, unsigned weight, unsigned x) {
     PYPRUNE_SHARED_MEMORY(memory);
     const Position at;
@@ -198,7 +198,7 @@ struct Nm {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       if (j > kTiles / 2 && j >= tiles) break;
-      const int token = j * 8 + lane % 8;
+      const int token = j * 8 + lane % 8 % kTokens;
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         uint32_t b[4];
@@ -367,12 +367,11 @@ struct Bitmap {
     }
   };
 
-  // The four columns of a 16-bit type as two pairs. `table` is selectors_of(lane % 16), so that a shuffle looks it up.
-  static __device__ __forceinline__ void pairs(const Row& row, int step, uint32_t table, uint32_t* low,
-                                               uint32_t* high) {
+  // Four columns of a 16-bit type as two pairs: `bits` are theirs (the lowest ones), and their values begin at `first`.
+  // `table` is selectors_of(lane % 16), so that a shuffle looks it up.
+  static __device__ __forceinline__ void spread(unsigned bits, unsigned first, uint32_t table, uint32_t* low,
+                                                uint32_t* high) {
     PYPRUNE_SHARED_MEMORY(memory);
-    unsigned first;
-    const unsigned bits = row.four_bits(step, &first);
     const uint32_t selectors = __shfl_sync(kFullWarp, table, bits);  // The lane is bits % 32.
     const auto* words = reinterpret_cast<const uint32_t*>(memory + (first & ~3u));
     const uint32_t left = __funnelshift_r(words[0], words[1], first * 8);  // Values may begin inside a word.
@@ -381,6 +380,45 @@ struct Bitmap {
     *high = ptx::prmt(left, right, selectors >> 16);
     if (selectors >= kAll) *high = ptx::prmt(*high, *reinterpret_cast<const uint16_t*>(memory + first + 6), 0x5410);
   }
+
+  static __device__ __forceinline__ void pairs(const Row& row, int step, uint32_t table, uint32_t* low,
+                                               uint32_t* high) {
+    unsigned first;
+    const unsigned bits = row.four_bits(step, &first);
+    spread(bits, first, table, low, high);
+  }
+
+  // The warp's 32 rows two by two: lane 16 h + l has row 2 pair + h and of it columns 4 l .. + 4, so that what a warp
+  // reads lies together.
+  struct RowPairs {
+    static constexpr int kBytes = kWarpRows * 16;  // of scratch: for each half row its bits and where its values begin
+    unsigned halves;                               // where those of this lane are, for the first pair
+    unsigned before;                               // the bits before this lane's in a half row
+
+    __device__ __forceinline__ RowPairs(unsigned weight, unsigned scratch) {
+      PYPRUNE_SHARED_MEMORY(memory);
+      const Position at;
+      const unsigned lane = threadIdx.x % 32, tile = weight + at.half * kTileBytes;
+      const auto* rows = reinterpret_cast<const uint2*>(memory + tile + kTileElements * sizeof(T));
+      const uint2 upper = rows[lane], lower = rows[kWarpRows + lane], mine = at.row0 == 0 ? upper : lower;
+      // Sums over both halves of the tile at once, each in 16 bits.
+      const unsigned whole = (__popc(upper.x) + __popc(upper.y)) | (__popc(lower.x) + __popc(lower.y)) << 16;
+      const unsigned through = static_cast<unsigned>(scan_warp(static_cast<int>(whole)));
+      const unsigned above = __shfl_sync(kFullWarp, through, 31) & 0xffff, up_to = through - whole;
+      const unsigned first = tile + (at.row0 == 0 ? up_to & 0xffff : above + (up_to >> 16)) * sizeof(T);
+      const unsigned middle = first + __popc(mine.x) * sizeof(T);
+      *reinterpret_cast<uint4*>(memory + scratch + lane * 16) = uint4{mine.x, first, mine.y, middle};
+      __syncwarp();
+      halves = scratch + lane / 8 * 8;
+      before = (1u << lane % 8 * 4) - 1;
+    }
+    __device__ __forceinline__ void four(int pair, uint32_t table, uint32_t* low, uint32_t* high) const {
+      PYPRUNE_SHARED_MEMORY(memory);
+      const uint2 half = *reinterpret_cast<const uint2*>(memory + halves + pair * 32);
+      const unsigned first = half.y + __popc(half.x & before) * sizeof(T);
+      spread(half.x >> threadIdx.x % 8 * 4, first, table, low, high);
+    }
+  };
 
   struct PlainRows {
     Row rows[4];
@@ -417,7 +455,7 @@ struct Bitmap {
 
   // On tensor cores. A product sums over 16 columns in any order, the same on both sides: a lane's two pairs are four
   // neighbouring columns, of W and of x.
-  template <int kTiles>
+  template <int kTokens, int kTiles>
   static __device__ __forceinline__ void multiply(float (&sums)[2][kTiles][4], int tiles, unsigned weight, unsigned x) {
     PYPRUNE_SHARED_MEMORY(memory);
     const Position at;
@@ -425,7 +463,7 @@ struct Bitmap {
     const Starts starts(weight);
     // Where the lane's columns of its first token are: 32 bytes further with each step, and so, as bits 5 and 6 of what
     // is swizzled are those of the step, and tokens begin at multiples of 128.
-    const unsigned tokens = x + Tokens<T>::four(at.quad, at.half * kTile + at.in_quad * 4);
+    const unsigned tokens = x + Tokens<T>::four(at.quad % kTokens, at.half * kTile + at.in_quad * 4);
     Row rows[2][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) rows[i / 2][i % 2] = Row(starts, row_of(at, i));
@@ -468,16 +506,20 @@ struct Output {
   }
 };
 
-// What each thread sums: kTiles tiles of eight tokens on tensor cores, or (kTiles = 0) four tokens without.
-template <typename T, typename Weight, int kTiles>
-struct Sums {
-  static constexpr int kTokens = kTiles * 8;
+// What each thread sums, in one of three ways. Each has kTokens, the tokens of a block; kParts, into how many parts its
+// sums of a row are left divided; kScratch, the shared memory that it needs; add(weight, x, scratch, tiles) for a
+// stage; and finish(tiles, put), which calls put(row, token, part, sum) for everything that this thread has.
+
+// On tensor cores, in tiles of eight tokens, of which four fill one half.
+template <typename T, typename Weight, int kMost>
+struct Tiled {
+  static constexpr int kTokens = kMost, kTiles = (kMost + 7) / 8, kParts = 2, kScratch = 0;
+  static_assert(kTokens % 8 == 0 || kTokens == 4);
   float values[2][kTiles][4] = {};
 
-  __device__ __forceinline__ void add(unsigned weight, unsigned x, int tiles) {
-    Weight::multiply(values, tiles, weight, x);
+  __device__ __forceinline__ void add(unsigned weight, unsigned x, unsigned, int tiles) {
+    Weight::template multiply<kTokens>(values, tiles, weight, x);
   }
-  // put(row, token, sum) for everything that this thread has.
   template <typename Put>
   __device__ __forceinline__ void finish(int tiles, Put put) const {
     const Position at;
@@ -488,19 +530,60 @@ struct Sums {
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          put(Weight::row_of(at, i * 2 + e / 2), j * 8 + at.in_quad * 2 + e % 2, values[i][j][e]);
+          const int token = j * 8 + at.in_quad * 2 + e % 2;
+          if (kTokens >= 8 || token < kTokens) put(Weight::row_of(at, i * 2 + e / 2), token, at.half, values[i][j][e]);
         }
       }
     }
   }
 };
 
+// One or two tokens and a bitmap, on tensor cores. Two rows stand in the place of eight, a quarter of a row in each,
+// and the product's eight columns are the quarters of x, for each token; of its results those count whose quarter is
+// the row's.
+template <typename T>
+struct Quarters {
+  static constexpr int kTokens = 2, kParts = 8, kSets = kWarpRows / 4;
+  static constexpr int kScratch = kThreads / 32 * Bitmap<T>::RowPairs::kBytes;
+  float values[kSets][4] = {};
+
+  __device__ __forceinline__ void add(unsigned weight, unsigned x, unsigned scratch, int) {
+    PYPRUNE_SHARED_MEMORY(memory);
+    const Position at;
+    const uint32_t table = selectors_of(threadIdx.x % 16);
+    const typename Bitmap<T>::RowPairs rows(weight, scratch + threadIdx.x / 32 * Bitmap<T>::RowPairs::kBytes);
+    const int column = at.half * kTile + at.quad / 2 * 16 + at.in_quad * 4;
+    const uint2 b = *reinterpret_cast<const uint2*>(memory + x + Tokens<T>::four(at.quad % 2, column));
+#pragma unroll
+    for (int set = 0; set < kSets; ++set) {
+      uint32_t a[4];
+      rows.four(set * 2, table, &a[0], &a[2]);
+      rows.four(set * 2 + 1, table, &a[1], &a[3]);
+      ptx::mma_m16n8k16<T>(values[set], a, b.x, b.y);
+    }
+  }
+  template <typename Put>
+  __device__ __forceinline__ void finish(int, Put put) const {
+    const Position at;
+    const int quarter = at.quad % 4;
+    if (at.in_quad != quarter) return;
+#pragma unroll
+    for (int set = 0; set < kSets; ++set) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        put(at.row0 + set * 4 + e / 2 * 2 + at.quad / 4, e % 2, at.half * 4 + quarter, values[set][e]);
+      }
+    }
+  }
+};
+
+// Without tensor cores.
 template <typename T, typename Weight>
-struct Sums<T, Weight, 0> {
-  static constexpr int kTokens = kPlainTokens;
+struct Plain {
+  static constexpr int kTokens = kPlainTokens, kParts = 2, kScratch = 0;
   float values[4][kPlainTokens] = {};
 
-  __device__ __forceinline__ void add(unsigned weight, unsigned x, int) {
+  __device__ __forceinline__ void add(unsigned weight, unsigned x, unsigned, int) {
     PYPRUNE_SHARED_MEMORY(memory);
     const Position at;
     const typename Weight::PlainRows rows(weight);
@@ -532,7 +615,7 @@ struct Sums<T, Weight, 0> {
         float sum = values[i][token];  // Of a quarter of the columns.
         sum += __shfl_xor_sync(kFullWarp, sum, 1);
         sum += __shfl_xor_sync(kFullWarp, sum, 2);
-        if (at.in_quad == token) put(Weight::row_of(at, i), token, sum);
+        if (at.in_quad == token) put(Weight::row_of(at, i), token, at.half, sum);
       }
     }
   }
@@ -540,22 +623,22 @@ struct Sums<T, Weight, 0> {
 
 // Block (b, s, t): outputs 64 b .. + 64, the s-th part of the stages, the t-th kTokens tokens.
 // kBlocks: how many the registers shall leave room for on a multiprocessor.
-template <typename T, typename Weight, int kTiles, int kStages, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    stream(Weight weight, Tokens<T> x, Output<T> out, int64_t stages, int64_t stages_per_split) {
+template <typename T, typename Weight, typename Sums, int kStages, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks) stream(Weight weight, Tokens<T> x, Output<T> out, int64_t stages) {
   PYPRUNE_SHARED_MEMORY(shared);
-  using Mine = Sums<T, Weight, kTiles>;
-  const int64_t row0 = int64_t{blockIdx.x} * kRows, token0 = int64_t{blockIdx.z} * Mine::kTokens;
-  const int64_t first = blockIdx.y * stages_per_split;
-  const int count = static_cast<int>((stages - first < stages_per_split ? stages - first : stages_per_split));
+  constexpr int kTokens = Sums::kTokens;
+  if (out.partial != nullptr) ptx::let_next_kernel_start();
+  const int64_t row0 = int64_t{blockIdx.x} * kRows, token0 = int64_t{blockIdx.z} * kTokens;
+  const int64_t first = stages * blockIdx.y / gridDim.y;
+  const int count = static_cast<int>(stages * (blockIdx.y + 1) / gridDim.y - first);
   const int64_t tokens_left = x.tokens - token0;
-  const int tokens = tokens_left < Mine::kTokens ? static_cast<int>(tokens_left) : Mine::kTokens;
+  const int tokens = tokens_left < kTokens ? static_cast<int>(tokens_left) : kTokens;
   const int tiles = (tokens + 7) / 8;
-  constexpr int kStageBytes = Weight::kBytes + Mine::kTokens * Tokens<T>::kRowBytes;
+  constexpr int kStageBytes = Weight::kBytes + kTokens * Tokens<T>::kRowBytes;
   static_assert(Weight::kBytes % 128 == 0 && kStageBytes % 128 == 0, "addresses in x are exclusive ors");
 
   typename Weight::Source weights(weight, row0, first * kStageColumns);
-  auto rows = x.template source<Mine::kTokens>(token0, first * kStageColumns);
+  auto rows = x.template source<kTokens>(token0, first * kStageColumns);
   const auto load = [&](int step) {
     if (step < count) {
       unsigned char* stage = shared + step % kStages * kStageBytes;
@@ -564,25 +647,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
     ptx::cp_async_commit();  // Also when empty, so that the wait below can count groups.
   };
-  Mine sums;
+  Sums sums;
   for (int step = 0; step < kStages - 1; ++step) load(step);
   for (int step = 0; step < count; ++step) {
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // This stage has arrived for all; all are done with the one that is loaded next.
     load(step + kStages - 1);
     const unsigned stage = step % kStages * kStageBytes;
-    sums.add(stage, stage + Weight::kBytes, tiles);
+    sums.add(stage, stage + Weight::kBytes, kStages * kStageBytes, tiles);
   }
-  __syncthreads();  // The last stage is read; its memory takes the sums of both halves, [half][token][row].
+  __syncthreads();  // The last stage is read; its memory takes the parts of the sums, [part][token][row].
 
   float* tile = reinterpret_cast<float*>(shared);
-  const int half = Position().half;
-  sums.finish(tiles, [&](int row, int token, float sum) { tile[(half * Mine::kTokens + token) * kRows + row] = sum; });
+  sums.finish(tiles,
+              [&](int row, int token, int part, float sum) { tile[(part * kTokens + token) * kRows + row] = sum; });
   __syncthreads();
   for (int i = threadIdx.x; i < tokens * kRows; i += kThreads) {
     const int64_t output = row0 + i % kRows, at = (token0 + i / kRows) * out.outputs + output;
     if (output >= out.outputs) continue;
-    const float sum = tile[i] + tile[Mine::kTokens * kRows + i];
+    float sum = tile[i];
+#pragma unroll
+    for (int part = 1; part < Sums::kParts; ++part) sum += tile[part * kTokens * kRows + i];
     if (out.partial != nullptr) {
       out.partial[blockIdx.y * out.tokens * out.outputs + at] = sum;
     } else {
@@ -596,6 +681,7 @@ template <typename T>
 __global__ void __launch_bounds__(kFinishThreads) finish(Output<T> out, int splits) {
   const int64_t output = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
   if (output >= out.outputs) return;
+  ptx::wait_for_previous_kernel();
   for (int64_t token = blockIdx.y; token < out.tokens; token += gridDim.y) {
     const int64_t at = token * out.outputs + output;
     float sum = 0.0f;
@@ -615,19 +701,19 @@ struct Problem {
   SparsePlan plan;
   cudaStream_t queue;
 
-  template <int kTiles, int kStages, int kBlocks>
+  template <typename Sums, int kStages, int kBlocks>
   cudaError_t run() {
-    constexpr int kTokens = Sums<T, Weight, kTiles>::kTokens;
+    constexpr int kTokens = Sums::kTokens;
     const int64_t stages = x.inputs > 0 ? ceil_divide(x.inputs, kStageColumns) : 1;
-    const int64_t per_split = ceil_divide(stages, plan.splits), splits = ceil_divide(stages, per_split);
+    const int64_t splits = plan.splits < stages ? plan.splits : stages;
     if (splits == 1) out.partial = nullptr;
-    constexpr size_t kBytes = kStages * (Weight::kBytes + kTokens * Tokens<T>::kRowBytes);
+    constexpr size_t kBytes = kStages * (Weight::kBytes + kTokens * Tokens<T>::kRowBytes) + Sums::kScratch;
     const dim3 grid(blocks(ceil_divide(out.outputs, kRows)), blocks(splits), blocks(ceil_divide(x.tokens, kTokens)));
-    const cudaError_t error = launch(stream<T, Weight, kTiles, kStages, kBlocks>, grid, kThreads, kBytes, queue, weight,
-                                     x, out, stages, per_split);
+    const cudaError_t error =
+        launch(stream<T, Weight, Sums, kStages, kBlocks>, grid, kThreads, kBytes, queue, weight, x, out, stages);
     if (error != cudaSuccess || splits == 1) return error;
     const dim3 few(blocks(ceil_divide(out.outputs, kFinishThreads)), blocks(x.tokens < 65535 ? x.tokens : 65535));
-    return launch(pyprune::finish<T>, few, kFinishThreads, 0, queue, out, static_cast<int>(splits));
+    return launch_early(pyprune::finish<T>, few, kFinishThreads, 0, queue, out, static_cast<int>(splits));
   }
 };
 
@@ -639,15 +725,22 @@ int run(Problem<T, Weight<T>> p) {
   if (p.plan.splits < 1) return cudaErrorInvalidValue;
   if (p.x.tokens == 0 || p.out.outputs == 0) return cudaSuccess;
   if (p.plan.splits > 1 && p.out.partial == nullptr) return cudaErrorInvalidValue;
-  if (!p.plan.tensor_cores) return p.template run<0, kNm ? 4 : 2, 3>();
-  if constexpr (std::is_same_v<T, float>) {
-    return cudaErrorInvalidValue;
-  } else {
-    if (p.x.tokens <= 8) return p.template run<1, kNm ? 4 : 2, kNm ? 4 : 5>();
-    if (p.x.tokens <= 16) return p.template run<2, kNm ? 3 : 2, kNm ? 4 : 5>();
-    if (p.x.tokens <= 32) return p.template run<4, kNm ? 3 : 2, 4>();
-    return p.template run<8, kNm ? 3 : 2, 3>();
+  using W = Weight<T>;
+  using W = Weight<T>;
+  if (p.plan.kernel == kPlain) return p.template run<Plain<T, W>, kNm ? 4 : 2, 3>();
+  if constexpr (!std::is_same_v<T, float>) {
+    if (p.plan.kernel == kTwoTokens && p.x.tokens <= 2) {
+      if constexpr (!kNm) return p.template run<Quarters<T>, 2, 6>();
+    }
+    if (p.plan.kernel == kTensorCores) {
+      if (p.x.tokens <= 4) return p.template run<Tiled<T, W, 4>, kNm ? 4 : 2, kNm ? 5 : 6>();
+      if (p.x.tokens <= 8) return p.template run<Tiled<T, W, 8>, kNm ? 4 : 2, 5>();
+      if (p.x.tokens <= 16) return p.template run<Tiled<T, W, 16>, kNm ? 3 : 2, kNm ? 4 : 5>();
+      if (p.x.tokens <= 32) return p.template run<Tiled<T, W, 32>, kNm ? 3 : 2, 4>();
+      return p.template run<Tiled<T, W, 64>, kNm ? 3 : 2, 3>();
+    }
   }
+  return cudaErrorInvalidValue;
 }
 
 bool valid(const SparseShape& s) { return s.tokens >= 0 && s.inputs >= 0 && s.inputs <= INT32_MAX && s.outputs >= 0; }

@@ -1,9 +1,9 @@
 """Losses from the last hidden states, without ever holding the logits of all tokens.
 
 The head's product, the loss and both gradients are computed for a few tokens at a time, already in the forward pass:
-of logits only `CHUNK` exist at one time, in the products' dtype and in fp32. `torch.nn.functional.linear_cross_entropy`
-(torch 2.13) does the same for the cross entropy alone; on a CPU it took four times as long as whole logits, and this
-two thirds in bf16 (benchmarks/bench_tune_step.py).
+of logits only `CHUNK` (`GPU_CHUNK`) exist at one time, in the products' dtype and in fp32.
+`torch.nn.functional.linear_cross_entropy` (torch 2.13) does the same for the cross entropy alone; on a CPU it took four
+times as long as whole logits, and this two thirds in bf16 (benchmarks/bench_tune_step.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from pyprune.architectures import stack_of, unwrap
 
-CHUNK = 1 << 23  # logits that exist at one time: few fit in a CPU's caches, and products want many rows
+CHUNK = 1 << 23  # logits that exist at one time: few fit in a CPU's caches, and products want many rows,
+GPU_CHUNK = 1 << 26  # on a GPU more of them: half a thousand with a vocabulary of 128k (docs/pat.md)
 IGNORED = -100  # the label of a token that does not count
 
 # (z [c, V], labels [c], rows [c]: which tokens these are) -> sums over them, the loss first; z becomes its gradient.
@@ -79,7 +80,8 @@ class _HeadLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head) if wants_head else None
         matrix = head.to(hidden.dtype)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        size = min(len(hidden), max(1, CHUNK // len(head)))
+        chunk = GPU_CHUNK if hidden.is_cuda else CHUNK
+        size = min(len(hidden), max(1, chunk // len(head)))
         # Written again and again: memory that is new at every chunk costs a CPU more than the arithmetic in it.
         narrow_z = hidden.new_empty(size, len(head))
         wide_z = narrow_z if hidden.dtype == wide else torch.empty_like(narrow_z, dtype=wide)

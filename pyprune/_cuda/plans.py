@@ -4,7 +4,7 @@
 one and adds it. A kind that is not there takes "default": what the counts of docs/kernels.md suggest, not a
 measurement. For each op and size of an element a table has rows
 
-    [up to so many tokens, "tensor cores" or "plain", blocks for each multiprocessor]
+    [up to so many tokens, a kernel ("plain", "tensor cores", "two tokens"), blocks for each multiprocessor]
 
 with tokens rising. Above the last row the weight is expanded and multiplied by torch; or, 2:4 on sm_90a where the build
 has it, given to CUTLASS, from "cutlass_tokens" on (null for never).
@@ -26,13 +26,20 @@ ROWS = 64
 """Outputs of a block (csrc/sparse_gemm.cu)."""
 STAGE = 128
 """Inputs of a stage, the least that a part has (csrc/sparse_gemm.cu)."""
+MOST_SPLITS = 16
+"""More than an H100 ever gained from: every part is written and read once more."""
+START, SHORT = 0.25, 0.3
+"""What a block costs beside its stages, in stages, and how far its number may stay under the one asked for. They choose
+within 1 % of the best of 1 to 16 parts for 1 to 4 tokens, on an H100 over five layers (docs/kernels.md)."""
+KERNELS = {"plain": 0, "tensor cores": 1, "two tokens": 2}
+"""SparseKernel of csrc/sparse_gemm.h."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """SparsePlan of csrc/sparse_gemm.h."""
 
-    tensor_cores: bool
+    kernel: str
     splits: int
 
 
@@ -58,7 +65,7 @@ def plan(op: str, x: Tensor, outputs: int) -> Plan | None:
     size = "32-bit" if x.dtype == torch.float32 else "16-bit"
     for most_tokens, kernel, blocks in tables()[kind][op][size]:
         if tokens <= most_tokens:
-            return Plan(kernel == "tensor cores", splits(blocks * processors, inputs, outputs))
+            return Plan(kernel, splits(blocks, processors, inputs, outputs))
     return None
 
 
@@ -72,7 +79,10 @@ def suits_cutlass(x: Tensor, outputs: int) -> bool:
     return takes and least is not None and tokens >= least
 
 
-def splits(blocks: int, inputs: int, outputs: int) -> int:
-    """Parts of the sum that make at least so many blocks, as far as there are stages."""
-    wanted = -(-blocks // max(1, -(-outputs // ROWS)))
-    return max(1, min(wanted, -(-inputs // STAGE)))
+def splits(blocks: int, processors: int, inputs: int, outputs: int) -> int:
+    """Parts of the sum that give each multiprocessor about so many blocks, as far as there are stages; of those the
+    number that leaves the busiest one the least to do. A block costs START of a stage beside its stages."""
+    stages, tiles = max(1, -(-inputs // STAGE)), max(1, -(-outputs // ROWS))
+    most = min(stages, MOST_SPLITS)
+    enough = [parts for parts in range(1, most + 1) if tiles * parts >= (blocks - SHORT) * processors] or [most]
+    return min(enough, key=lambda parts: -(-tiles * parts // processors) * (stages / parts + START))

@@ -59,9 +59,10 @@ for tool in memcheck racecheck initcheck synccheck; do
 done
 join
 
+tokens="1 8 16 32 64 256 2048 16384"
 for command in \
-  "tune 45 benchmarks/tune_sparse_gemm.py --save" \
-  "bench_ops 75 benchmarks/bench_ops.py --device cuda --without compile --budget 1 --save" \
+  "tune 45 benchmarks/tune_sparse_gemm.py --rounds 3 --save" \
+  "bench_ops 85 benchmarks/bench_ops.py --device cuda --without compile --budget 1 --tokens $tokens --save" \
   "bench_serving 110 benchmarks/bench_serving.py --device cuda --save" \
   "bench_hsm 50 benchmarks/bench_hsm.py --device cuda --dtypes bfloat16 --tokens 2048 16384 --save"; do
   read -r name seconds arguments <<<"$command"
