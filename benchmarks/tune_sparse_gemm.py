@@ -32,24 +32,22 @@ LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CUTLASS_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
 BLOCKS = (1, 2, 3, 4, 5, 6, 8)
-MOST_TOKENS = {"plain": 16, "two tokens": 2, "tensor cores": max(TOKENS)}
-"""Up to which each kernel is tried; the plain one reads the weight once for four tokens."""
+PLAIN_TOKENS = 16
+"""Beyond them the plain kernel, which reads the weight once for four tokens, is not tried."""
 DEVICE = torch.device("cuda")
 DTYPES = {"16-bit": torch.bfloat16, "32-bit": torch.float32}
 
 Choice = tuple[str, int]
-"""A kernel and its blocks for each multiprocessor: what a row of the table has beside its tokens."""
+"""A kernel and the blocks that keep a multiprocessor busy: what a row of the table has beside its tokens."""
 Measure = Callable[[str, torch.dtype, tuple[int, int], int, "Choice | str"], float]
 """Seconds of op, dtype, layer, tokens, and a choice, "expand", "dense" or "cutlass"."""
 Times = dict[tuple[int, "Choice | str"], list[float]]
 """Of tokens and a choice: seconds, one value a layer."""
 
 
-def choices(op: str, size: str) -> list[Choice]:
+def choices(size: str) -> list[Choice]:
     """The plans to try."""
-    kernels = ["plain"] if size == "32-bit" else ["plain", "tensor cores"]
-    if op == "bitmap_linear" and size == "16-bit":
-        kernels.append("two tokens")
+    kernels = ("tensor cores", "plain") if size == "16-bit" else ("plain",)
     return [(kernel, blocks) for kernel in kernels for blocks in BLOCKS]
 
 
@@ -74,9 +72,9 @@ def all_times(measure: Measure, op: str, size: str) -> Times:
     outermost loop, so that the copies of a weight are made once."""
     found: Times = {}
     for layer in LAYERS:
-        for choice in (*choices(op, size), "expand", "dense"):
+        for choice in (*choices(size), "expand", "dense"):
             for tokens in TOKENS:
-                if isinstance(choice, str) or tokens <= MOST_TOKENS[choice[0]]:
+                if isinstance(choice, str) or choice[0] == "tensor cores" or tokens <= PLAIN_TOKENS:
                     found.setdefault((tokens, choice), []).append(measure(op, DTYPES[size], layer, tokens, choice))
     return found
 
@@ -160,18 +158,19 @@ class OnDevice:
         if key != self.key:
             self.key, self.weights, self.found = key, [], {}
             self.weights = self._copies(op, dtype, layer, choice == "dense")
-        plan = self._plan(choice, layer)
+        plan = self._plan(choice, layer, tokens)
         if (tokens, plan) not in self.found:
             x = torch.randn(tokens, layer[1], device="cuda", dtype=dtype)
             self.found[tokens, plan] = self._time(lambda weight: self._multiply(op, x, weight, layer, plan))
         return self.found[tokens, plan]
 
-    def _plan(self, choice: Choice | str, layer: tuple[int, int]) -> plans.Plan | str:
+    def _plan(self, choice: Choice | str, layer: tuple[int, int], tokens: int) -> plans.Plan | str:
         if isinstance(choice, str):
             return choice
         kernel, blocks = choice
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        return plans.Plan(kernel, plans.splits(blocks, processors, layer[1], layer[0]))
+        shape = (tokens, layer[1], layer[0])
+        return plans.Plan(kernel == "tensor cores", plans.splits(blocks, processors, shape))
 
     def _copies(self, op: str, dtype: torch.dtype, layer: tuple[int, int], dense: bool) -> list[tuple[Tensor, ...]]:
         weight = torch.randn(layer, device="cuda", dtype=dtype)

@@ -4,14 +4,14 @@
 // of 64 x 128 of W, packed, and of x through shared memory (cp.async), where each of its four warps takes 32 rows and
 // 64 columns. W takes the left side of the products, so that tokens fill the short side (8) of the tensor cores'.
 //
-//   kernel                         bytes per weight   floor, 4096 x 11008   instructions per weight, of   shared memory
-//   stream<Nm>, 1-8 tokens         1 + 1/8            15 us                  2.5                     10   44 KB
-//   stream<Nm>, 9-16 / 32 / 64     1 + 1/8            15 us                  4 at 64 tokens          10   39 / 51 / 75
-//   KB stream<Bitmap>, 1-8            2 (1 - s) + 1/8    15 us at s = 0.5       8                       10   38 KB
-//   stream<Bitmap>, 9-16 / 32 / 64 2 (1 - s) + 1/8    15 us at s = 0.5      10 at 64 tokens          10   42 / 50 / 66
-//   KB stream<Nm>, plain, fp32        2 + 1/8            29 us                 16 for 4 tokens          19   76 KB
-//   stream<Bitmap>, plain, fp32    4 (1 - s) + 1/8    29 us at s = 0.5      18 for 4 tokens          19   70 KB
-//   finish                         4 splits a result, written before, read here, from L2                  none
+//   kernel                          bytes a weight    floor, 4096 x 11008  instructions a weight, of  shared memory, KB
+//   stream<Nm>, 1-4 / 8 tokens      1 + 1/8           15 us                 2.5                   10  40 / 44
+//   stream<Nm>, 9-16 / 32 / 64      1 + 1/8           15 us                 4 at 64 tokens        10  39 / 51 / 75
+//   stream<Bitmap>, 1-4 / 8         2 (1 - s) + 1/8   15 us at s = 0.5      8                     10  36 / 38
+//   stream<Bitmap>, 9-16 / 32 / 64  2 (1 - s) + 1/8   15 us at s = 0.5     10 at 64 tokens        10  42 / 50 / 66
+//   stream<Nm>, plain, fp32         2 + 1/8           29 us                16 for 4 tokens        19  76
+//   stream<Bitmap>, plain, fp32     4 (1 - s) + 1/8   29 us at s = 0.5     18 for 4 tokens        19  70
+//   finish                          4 splits a result, written before, read here, from L2
 //
 // Floors at 3.35 TB/s. Instructions are those of the fast path in sm_90a's machine code, a lane's; "of" is what an
 // H100's SM can issue while it receives that weight (128 lanes a clock, 14.5 bytes a clock); at s = 0.7 that is 6.4 for
@@ -367,11 +367,12 @@ struct Bitmap {
     }
   };
 
-  // Four columns of a 16-bit type as two pairs: `bits` are theirs (the lowest ones), and their values begin at `first`.
-  // `table` is selectors_of(lane % 16), so that a shuffle looks it up.
-  static __device__ __forceinline__ void spread(unsigned bits, unsigned first, uint32_t table, uint32_t* low,
-                                                uint32_t* high) {
+  // The four columns of a 16-bit type as two pairs. `table` is selectors_of(lane % 16), so that a shuffle looks it up.
+  static __device__ __forceinline__ void pairs(const Row& row, int step, uint32_t table, uint32_t* low,
+                                               uint32_t* high) {
     PYPRUNE_SHARED_MEMORY(memory);
+    unsigned first;
+    const unsigned bits = row.four_bits(step, &first);
     const uint32_t selectors = __shfl_sync(kFullWarp, table, bits);  // The lane is bits % 32.
     const auto* words = reinterpret_cast<const uint32_t*>(memory + (first & ~3u));
     const uint32_t left = __funnelshift_r(words[0], words[1], first * 8);  // Values may begin inside a word.
@@ -380,45 +381,6 @@ struct Bitmap {
     *high = ptx::prmt(left, right, selectors >> 16);
     if (selectors >= kAll) *high = ptx::prmt(*high, *reinterpret_cast<const uint16_t*>(memory + first + 6), 0x5410);
   }
-
-  static __device__ __forceinline__ void pairs(const Row& row, int step, uint32_t table, uint32_t* low,
-                                               uint32_t* high) {
-    unsigned first;
-    const unsigned bits = row.four_bits(step, &first);
-    spread(bits, first, table, low, high);
-  }
-
-  // The warp's 32 rows two by two: lane 16 h + l has row 2 pair + h and of it columns 4 l .. + 4, so that what a warp
-  // reads lies together.
-  struct RowPairs {
-    static constexpr int kBytes = kWarpRows * 16;  // of scratch: for each half row its bits and where its values begin
-    unsigned halves;                               // where those of this lane are, for the first pair
-    unsigned before;                               // the bits before this lane's in a half row
-
-    __device__ __forceinline__ RowPairs(unsigned weight, unsigned scratch) {
-      PYPRUNE_SHARED_MEMORY(memory);
-      const Position at;
-      const unsigned lane = threadIdx.x % 32, tile = weight + at.half * kTileBytes;
-      const auto* rows = reinterpret_cast<const uint2*>(memory + tile + kTileElements * sizeof(T));
-      const uint2 upper = rows[lane], lower = rows[kWarpRows + lane], mine = at.row0 == 0 ? upper : lower;
-      // Sums over both halves of the tile at once, each in 16 bits.
-      const unsigned whole = (__popc(upper.x) + __popc(upper.y)) | (__popc(lower.x) + __popc(lower.y)) << 16;
-      const unsigned through = static_cast<unsigned>(scan_warp(static_cast<int>(whole)));
-      const unsigned above = __shfl_sync(kFullWarp, through, 31) & 0xffff, up_to = through - whole;
-      const unsigned first = tile + (at.row0 == 0 ? up_to & 0xffff : above + (up_to >> 16)) * sizeof(T);
-      const unsigned middle = first + __popc(mine.x) * sizeof(T);
-      *reinterpret_cast<uint4*>(memory + scratch + lane * 16) = uint4{mine.x, first, mine.y, middle};
-      __syncwarp();
-      halves = scratch + lane / 8 * 8;
-      before = (1u << lane % 8 * 4) - 1;
-    }
-    __device__ __forceinline__ void four(int pair, uint32_t table, uint32_t* low, uint32_t* high) const {
-      PYPRUNE_SHARED_MEMORY(memory);
-      const uint2 half = *reinterpret_cast<const uint2*>(memory + halves + pair * 32);
-      const unsigned first = half.y + __popc(half.x & before) * sizeof(T);
-      spread(half.x >> threadIdx.x % 8 * 4, first, table, low, high);
-    }
-  };
 
   struct PlainRows {
     Row rows[4];
@@ -506,20 +468,17 @@ struct Output {
   }
 };
 
-// What each thread sums, in one of three ways. Each has kTokens, the tokens of a block; kParts, into how many parts its
-// sums of a row are left divided; kScratch, the shared memory that it needs; add(weight, x, scratch, tiles) for a
-// stage; and finish(tiles, put), which calls put(row, token, part, sum) for everything that this thread has.
-
-// On tensor cores, in tiles of eight tokens, of which four fill one half.
+// What each thread sums, of kTokens tokens: on tensor cores in tiles of eight, of which four tokens fill one half.
 template <typename T, typename Weight, int kMost>
 struct Tiled {
-  static constexpr int kTokens = kMost, kTiles = (kMost + 7) / 8, kParts = 2, kScratch = 0;
+  static constexpr int kTokens = kMost, kTiles = (kMost + 7) / 8;
   static_assert(kTokens % 8 == 0 || kTokens == 4);
   float values[2][kTiles][4] = {};
 
-  __device__ __forceinline__ void add(unsigned weight, unsigned x, unsigned, int tiles) {
+  __device__ __forceinline__ void add(unsigned weight, unsigned x, int tiles) {
     Weight::template multiply<kTokens>(values, tiles, weight, x);
   }
+  // put(row, token, sum) for everything that this thread has.
   template <typename Put>
   __device__ __forceinline__ void finish(int tiles, Put put) const {
     const Position at;
@@ -531,59 +490,20 @@ struct Tiled {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int token = j * 8 + at.in_quad * 2 + e % 2;
-          if (kTokens >= 8 || token < kTokens) put(Weight::row_of(at, i * 2 + e / 2), token, at.half, values[i][j][e]);
+          if (kTokens >= 8 || token < kTokens) put(Weight::row_of(at, i * 2 + e / 2), token, values[i][j][e]);
         }
       }
     }
   }
 };
 
-// One or two tokens and a bitmap, on tensor cores. Two rows stand in the place of eight, a quarter of a row in each,
-// and the product's eight columns are the quarters of x, for each token; of its results those count whose quarter is
-// the row's.
-template <typename T>
-struct Quarters {
-  static constexpr int kTokens = 2, kParts = 8, kSets = kWarpRows / 4;
-  static constexpr int kScratch = kThreads / 32 * Bitmap<T>::RowPairs::kBytes;
-  float values[kSets][4] = {};
-
-  __device__ __forceinline__ void add(unsigned weight, unsigned x, unsigned scratch, int) {
-    PYPRUNE_SHARED_MEMORY(memory);
-    const Position at;
-    const uint32_t table = selectors_of(threadIdx.x % 16);
-    const typename Bitmap<T>::RowPairs rows(weight, scratch + threadIdx.x / 32 * Bitmap<T>::RowPairs::kBytes);
-    const int column = at.half * kTile + at.quad / 2 * 16 + at.in_quad * 4;
-    const uint2 b = *reinterpret_cast<const uint2*>(memory + x + Tokens<T>::four(at.quad % 2, column));
-#pragma unroll
-    for (int set = 0; set < kSets; ++set) {
-      uint32_t a[4];
-      rows.four(set * 2, table, &a[0], &a[2]);
-      rows.four(set * 2 + 1, table, &a[1], &a[3]);
-      ptx::mma_m16n8k16<T>(values[set], a, b.x, b.y);
-    }
-  }
-  template <typename Put>
-  __device__ __forceinline__ void finish(int, Put put) const {
-    const Position at;
-    const int quarter = at.quad % 4;
-    if (at.in_quad != quarter) return;
-#pragma unroll
-    for (int set = 0; set < kSets; ++set) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        put(at.row0 + set * 4 + e / 2 * 2 + at.quad / 4, e % 2, at.half * 4 + quarter, values[set][e]);
-      }
-    }
-  }
-};
-
-// Without tensor cores.
+// Or without them.
 template <typename T, typename Weight>
 struct Plain {
-  static constexpr int kTokens = kPlainTokens, kParts = 2, kScratch = 0;
+  static constexpr int kTokens = kPlainTokens;
   float values[4][kPlainTokens] = {};
 
-  __device__ __forceinline__ void add(unsigned weight, unsigned x, unsigned, int) {
+  __device__ __forceinline__ void add(unsigned weight, unsigned x, int) {
     PYPRUNE_SHARED_MEMORY(memory);
     const Position at;
     const typename Weight::PlainRows rows(weight);
@@ -615,7 +535,7 @@ struct Plain {
         float sum = values[i][token];  // Of a quarter of the columns.
         sum += __shfl_xor_sync(kFullWarp, sum, 1);
         sum += __shfl_xor_sync(kFullWarp, sum, 2);
-        if (at.in_quad == token) put(Weight::row_of(at, i), token, at.half, sum);
+        if (at.in_quad == token) put(Weight::row_of(at, i), token, sum);
       }
     }
   }
@@ -654,20 +574,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks) stream(Weight weight, Token
     __syncthreads();  // This stage has arrived for all; all are done with the one that is loaded next.
     load(step + kStages - 1);
     const unsigned stage = step % kStages * kStageBytes;
-    sums.add(stage, stage + Weight::kBytes, kStages * kStageBytes, tiles);
+    sums.add(stage, stage + Weight::kBytes, tiles);
   }
-  __syncthreads();  // The last stage is read; its memory takes the parts of the sums, [part][token][row].
+  __syncthreads();  // The last stage is read; its memory takes the sums of both halves, [half][token][row].
 
   float* tile = reinterpret_cast<float*>(shared);
-  sums.finish(tiles,
-              [&](int row, int token, int part, float sum) { tile[(part * kTokens + token) * kRows + row] = sum; });
+  const int half = Position().half;
+  sums.finish(tiles, [&](int row, int token, float sum) { tile[(half * kTokens + token) * kRows + row] = sum; });
   __syncthreads();
   for (int i = threadIdx.x; i < tokens * kRows; i += kThreads) {
     const int64_t output = row0 + i % kRows, at = (token0 + i / kRows) * out.outputs + output;
     if (output >= out.outputs) continue;
-    float sum = tile[i];
-#pragma unroll
-    for (int part = 1; part < Sums::kParts; ++part) sum += tile[part * kTokens * kRows + i];
+    const float sum = tile[i] + tile[kTokens * kRows + i];
     if (out.partial != nullptr) {
       out.partial[blockIdx.y * out.tokens * out.outputs + at] = sum;
     } else {
@@ -707,7 +625,7 @@ struct Problem {
     const int64_t stages = x.inputs > 0 ? ceil_divide(x.inputs, kStageColumns) : 1;
     const int64_t splits = plan.splits < stages ? plan.splits : stages;
     if (splits == 1) out.partial = nullptr;
-    constexpr size_t kBytes = kStages * (Weight::kBytes + kTokens * Tokens<T>::kRowBytes) + Sums::kScratch;
+    constexpr size_t kBytes = kStages * (Weight::kBytes + kTokens * Tokens<T>::kRowBytes);
     const dim3 grid(blocks(ceil_divide(out.outputs, kRows)), blocks(splits), blocks(ceil_divide(x.tokens, kTokens)));
     const cudaError_t error =
         launch(stream<T, Weight, Sums, kStages, kBlocks>, grid, kThreads, kBytes, queue, weight, x, out, stages);
@@ -726,21 +644,16 @@ int run(Problem<T, Weight<T>> p) {
   if (p.x.tokens == 0 || p.out.outputs == 0) return cudaSuccess;
   if (p.plan.splits > 1 && p.out.partial == nullptr) return cudaErrorInvalidValue;
   using W = Weight<T>;
-  using W = Weight<T>;
-  if (p.plan.kernel == kPlain) return p.template run<Plain<T, W>, kNm ? 4 : 2, 3>();
-  if constexpr (!std::is_same_v<T, float>) {
-    if (p.plan.kernel == kTwoTokens && p.x.tokens <= 2) {
-      if constexpr (!kNm) return p.template run<Quarters<T>, 2, 6>();
-    }
-    if (p.plan.kernel == kTensorCores) {
-      if (p.x.tokens <= 4) return p.template run<Tiled<T, W, 4>, kNm ? 4 : 2, kNm ? 5 : 6>();
-      if (p.x.tokens <= 8) return p.template run<Tiled<T, W, 8>, kNm ? 4 : 2, 5>();
-      if (p.x.tokens <= 16) return p.template run<Tiled<T, W, 16>, kNm ? 3 : 2, kNm ? 4 : 5>();
-      if (p.x.tokens <= 32) return p.template run<Tiled<T, W, 32>, kNm ? 3 : 2, 4>();
-      return p.template run<Tiled<T, W, 64>, kNm ? 3 : 2, 3>();
-    }
+  if (!p.plan.tensor_cores) return p.template run<Plain<T, W>, kNm ? 4 : 2, 3>();
+  if constexpr (std::is_same_v<T, float>) {
+    return cudaErrorInvalidValue;
+  } else {
+    if (p.x.tokens <= 4) return p.template run<Tiled<T, W, 4>, kNm ? 4 : 2, kNm ? 5 : 6>();
+    if (p.x.tokens <= 8) return p.template run<Tiled<T, W, 8>, kNm ? 4 : 2, 5>();
+    if (p.x.tokens <= 16) return p.template run<Tiled<T, W, 16>, kNm ? 3 : 2, kNm ? 4 : 5>();
+    if (p.x.tokens <= 32) return p.template run<Tiled<T, W, 32>, kNm ? 3 : 2, 4>();
+    return p.template run<Tiled<T, W, 64>, kNm ? 3 : 2, 3>();
   }
-  return cudaErrorInvalidValue;
 }
 
 bool valid(const SparseShape& s) { return s.tokens >= 0 && s.inputs >= 0 && s.inputs <= INT32_MAX && s.outputs >= 0; }

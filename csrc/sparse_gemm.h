@@ -24,15 +24,10 @@ struct SparseShape {
   int64_t tokens, inputs, outputs;
 };
 
-enum SparseKernel : int {
-  kPlain = 0,        // multiply-adds: every dtype, four tokens at a time
-  kTensorCores = 1,  // bf16 and fp16, 64 tokens at a time
-  kTwoTokens = 2,    // the same for a bitmap and at most two tokens
-};
-
 struct SparsePlan {
-  // At most 65535 times as many tokens as it takes at a time.
-  SparseKernel kernel;
+  // Tensor cores: bf16 and fp16, 64 tokens at a time. Otherwise plain multiply-adds: also fp32, four tokens at a time.
+  // At most 65535 times.
+  bool tensor_cores;
   // The inputs are cut into so many parts (1 to 65535), of which blocks of their own sum the products; a second kernel
   // adds them in order. More than one needs `partial`, fp32 [splits,tokens,outputs], contents undefined before and
   // after.

@@ -63,15 +63,15 @@ inline SparseShape sparse_shape(const py::tuple& sizes) {
 }
 
 inline void bind_sparse_gemm_cuda(py::module_& m) {
-  m.def("nm_linear", [](const py::tuple& shape, int kernel, int splits, int dtype, Address x, Address values,
+  m.def("nm_linear", [](const py::tuple& shape, bool tensor_cores, int splits, int dtype, Address x, Address values,
                         Address metadata, Address bias, Address y, Address partial, Address stream) {
-    check(nm_linear(sparse_shape(shape), {SparseKernel(kernel), splits}, dtype, pointer(x), pointer(values),
+    check(nm_linear(sparse_shape(shape), {tensor_cores, splits}, dtype, pointer(x), pointer(values),
                     pointer<uint8_t>(metadata), pointer(bias), pointer(y), pointer<float>(partial), pointer(stream)),
           "nm_linear");
   });
-  m.def("bitmap_linear", [](const py::tuple& shape, int kernel, int splits, int dtype, Address x, Address values,
+  m.def("bitmap_linear", [](const py::tuple& shape, bool tensor_cores, int splits, int dtype, Address x, Address values,
                             Address bitmap, Address offsets, Address bias, Address y, Address partial, Address stream) {
-    check(bitmap_linear(sparse_shape(shape), {SparseKernel(kernel), splits}, dtype, pointer(x), pointer(values),
+    check(bitmap_linear(sparse_shape(shape), {tensor_cores, splits}, dtype, pointer(x), pointer(values),
                         pointer<uint8_t>(bitmap), pointer<int64_t>(offsets), pointer(bias), pointer(y),
                         pointer<float>(partial), pointer(stream)),
           "bitmap_linear");

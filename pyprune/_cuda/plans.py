@@ -4,7 +4,7 @@
 one and adds it. A kind that is not there takes "default": what the counts of docs/kernels.md suggest, not a
 measurement. For each op and size of an element a table has rows
 
-    [up to so many tokens, a kernel ("plain", "tensor cores", "two tokens"), blocks for each multiprocessor]
+    [up to so many tokens, "tensor cores" or "plain", blocks that keep a multiprocessor busy]
 
 with tokens rising. Above the last row the weight is expanded and multiplied by torch; or, 2:4 on sm_90a where the build
 has it, given to CUTLASS, from "cutlass_tokens" on (null for never).
@@ -27,19 +27,19 @@ ROWS = 64
 STAGE = 128
 """Inputs of a stage, the least that a part has (csrc/sparse_gemm.cu)."""
 MOST_SPLITS = 16
-"""More than an H100 ever gained from: every part is written and read once more."""
-START, SHORT = 0.25, 0.3
-"""What a block costs beside its stages, in stages, and how far its number may stay under the one asked for. They choose
-within 1 % of the best of 1 to 16 parts for 1 to 4 tokens, on an H100 over five layers (docs/kernels.md)."""
-KERNELS = {"plain": 0, "tensor cores": 1, "two tokens": 2}
-"""SparseKernel of csrc/sparse_gemm.h."""
+"""More than an H100 ever gained from."""
+RESIDENT = 6
+"""Blocks that a multiprocessor works on at a time; some kernels find room for fewer."""
+SUM_COST = 1 / 1152
+"""What a part of one result costs, in stages of a multiprocessor: 8 bytes of twice a packed stage's 9 KB, since it is
+written and read in small pieces."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """SparsePlan of csrc/sparse_gemm.h."""
 
-    kernel: str
+    tensor_cores: bool
     splits: int
 
 
@@ -65,7 +65,7 @@ def plan(op: str, x: Tensor, outputs: int) -> Plan | None:
     size = "32-bit" if x.dtype == torch.float32 else "16-bit"
     for most_tokens, kernel, blocks in tables()[kind][op][size]:
         if tokens <= most_tokens:
-            return Plan(kernel, splits(blocks, processors, inputs, outputs))
+            return Plan(kernel == "tensor cores", splits(blocks, processors, (tokens, inputs, outputs)))
     return None
 
 
@@ -79,10 +79,20 @@ def suits_cutlass(x: Tensor, outputs: int) -> bool:
     return takes and least is not None and tokens >= least
 
 
-def splits(blocks: int, processors: int, inputs: int, outputs: int) -> int:
-    """Parts of the sum that give each multiprocessor about so many blocks, as far as there are stages; of those the
-    number that leaves the busiest one the least to do. A block costs START of a stage beside its stages."""
+def splits(blocks: int, processors: int, shape: tuple[int, int, int]) -> int:
+    """Into how many parts to cut the sums of a product of (tokens, inputs, outputs), the fewest that cost least.
+
+    Counted are the stages that a multiprocessor works off one after the other: those of all its blocks while there are
+    enough of them; the last ones, if fewer than `blocks`, take as long as so many, because the time is then that from
+    memory. On an H100 it chooses within 2 % of the best of 1 to 16 parts (docs/kernels.md).
+    """
+    tokens, inputs, outputs = shape
     stages, tiles = max(1, -(-inputs // STAGE)), max(1, -(-outputs // ROWS))
-    most = min(stages, MOST_SPLITS)
-    enough = [parts for parts in range(1, most + 1) if tiles * parts >= (blocks - SHORT) * processors] or [most]
-    return min(enough, key=lambda parts: -(-tiles * parts // processors) * (stages / parts + START))
+
+    def cost(parts: int) -> float:
+        rounds, last = divmod(tiles * parts, RESIDENT * processors)
+        worked_off = rounds * RESIDENT + (max(-(-last // processors), blocks) if last else 0)
+        sums = parts * tokens * outputs / processors * SUM_COST if parts > 1 else 0
+        return round(worked_off * stages / parts + sums, 3)
+
+    return min(range(1, min(stages, MOST_SPLITS) + 1), key=cost)

@@ -13,7 +13,7 @@ from pyprune._cpu.common import DTYPE_CODES, address
 from pyprune._cuda.bitmap import Bitmap, sixteen_bytes
 from pyprune._cuda.nm import Nm
 from pyprune._cuda.nm_adamw import NmAdamw
-from pyprune._cuda.plans import KERNELS, Plan, plan, suits_cutlass
+from pyprune._cuda.plans import Plan, plan, suits_cutlass
 
 COPY_TOKENS = 1800
 """Tokens whose product costs as much as copying the weight. On an H100, 4096 x 11008 at 2048 tokens: copying three
@@ -80,7 +80,7 @@ class SparseGemm(Bitmap, Nm, NmAdamw):
         with torch.cuda.device_of(x):
             getattr(self.kernels, function)(
                 (tokens, inputs, outputs),
-                KERNELS[chosen.kernel],
+                chosen.tensor_cores,
                 chosen.splits,
                 DTYPE_CODES[x.dtype],
                 *addresses,

@@ -65,7 +65,6 @@ def test_bitmap(launchers: Launchers, shape: tuple[int, int], dtype: torch.dtype
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES + EMPTY_SHAPES, ids=str)
 def test_products(launchers: Launchers, shape: Shape, product: Product) -> None:
-    shape = product.fit(shape)
     tensors = product.inputs(shape)
     product.check(tensors, product.run(launchers, shape, tensors))
 
@@ -73,7 +72,6 @@ def test_products(launchers: Launchers, shape: Shape, product: Product) -> None:
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_products_at_size_and_again(launchers: Launchers, shape: Shape, product: Product) -> None:
-    shape = product.fit(shape)
     tensors = product.inputs(shape, device="cuda")
     result = product.run(launchers, shape, tensors)
     product.check(tensors, result)
@@ -88,7 +86,7 @@ def test_functional_api(device: torch.device, op: str, dtype: torch.dtype, token
     """Whatever the table of this device chooses, on another stream, with the gradient of x."""
     chosen, why = ops.choose(op, device, dtype)
     assert chosen.name == "cuda", why
-    product = Product(op, dtype, "plain", 1)
+    product = Product(op, dtype, False, 1)
     tensors = product.inputs(Shape(tokens, 1024, 768))
     packed = [tensor.to(device) for name, tensor in tensors.items() if name not in ("x", "weight", "bias")]
     pattern = (2, 4) if op == "nm_linear" else (768, 1024)
@@ -139,7 +137,7 @@ def test_cutlass(device: torch.device, shape: Shape, dtype: torch.dtype, bias: b
     """2:4 for many tokens on sm_90a: sizes that are multiples of its tiles, and that are not."""
     if not hasattr(_native.cuda, "nm_linear_cutlass") or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a build with PYPRUNE_CUTLASS=1 and a device of capability 9.0")
-    product = Product("nm_linear", dtype, "tensor cores", 1)
+    product = Product("nm_linear", dtype, True, 1)
     tensors = product.inputs(shape, device="cuda")
     assert plans.suits_cutlass(tensors["x"], shape.outputs)
     packed = (tensors["values"], tensors["metadata"], 2, 4)

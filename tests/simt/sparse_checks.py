@@ -13,7 +13,6 @@ from hsm_checks import DTYPE_CODES, DTYPES, Launchers, roundoff
 from torch import Tensor
 
 from pyprune import reference
-from pyprune._cuda.plans import KERNELS
 
 __all__ = ["DTYPES", "Launchers", "Product", "Shape", "reference"]
 
@@ -176,15 +175,12 @@ class Product(NamedTuple):
 
     op: str  # nm_linear or bitmap_linear
     dtype: torch.dtype
-    kernel: str
+    tensor_cores: bool
     splits: int
 
     def __str__(self) -> str:
-        return f"{self.op}, {str(self.dtype).removeprefix('torch.')}, {self.kernel}, {self.splits} splits"
-
-    def fit(self, shape: Shape) -> Shape:
-        """The shape, with no more tokens than this kernel takes."""
-        return shape._replace(tokens=min(shape.tokens, 2)) if self.kernel == "two tokens" else shape
+        kernel = "tensor cores" if self.tensor_cores else "plain"
+        return f"{self.op}, {str(self.dtype).removeprefix('torch.')}, {kernel}, {self.splits} splits"
 
     def inputs(self, shape: Shape, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
         """x, the dense weight, its packed parts, the bias."""
@@ -211,7 +207,7 @@ class Product(NamedTuple):
         partial = poisoned(launchers, self.splits, tokens, outputs, dtype=torch.float32)
         getattr(launchers.cuda, self.op)(
             shape,
-            KERNELS[self.kernel],
+            self.tensor_cores,
             self.splits,
             DTYPE_CODES[self.dtype],
             *addresses(*operands, offset, y, partial if self.splits > 1 else None),
@@ -240,10 +236,10 @@ class Product(NamedTuple):
 
 
 PRODUCTS = tuple(
-    Product(op, dtype, kernel, splits)
+    Product(op, dtype, tensor_cores, splits)
     for op in ("nm_linear", "bitmap_linear")
     for dtype in DTYPES
-    for kernel in KERNELS
+    for tensor_cores in (False, True)
     for splits in (1, 2)
-    if kernel == "plain" or (dtype != torch.float32 and (kernel == "tensor cores" or op == "bitmap_linear"))
+    if not (tensor_cores and dtype == torch.float32)
 )

@@ -18,7 +18,7 @@ from pyprune.reference.bits import pack_bits
 SOURCE = ROOT / "csrc/sparse_gemm.cu"
 BUSY = Shape(5, 1160, 72)  # Five stages a part: the last one lies where the first did. A rest everywhere.
 MORE_TOKENS = (Shape(11, 520, 72), Shape(20, 520, 72), Shape(40, 520, 72))  # The kernels for up to 16, 32 and 64.
-EDGES = (2, 3, 4, 5, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40, 41, 64, 65)
+EDGES = (4, 5, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40, 41, 64, 65)
 """Tokens: where one kernel ends and the next begins, and where tiles of eight are left out."""
 FORMATS = [product for product in PRODUCTS if product.dtype == torch.bfloat16 and product.splits == 2]
 
@@ -29,7 +29,6 @@ FORMATS = [product for product in PRODUCTS if product.dtype == torch.bfloat16 an
 def test_agrees_with_fp64(
     emulator: Emulator, launchers: Launchers, schedule: Schedule, shape: Shape, product: Product
 ) -> None:
-    shape = product.fit(shape)
     tensors = product.inputs(shape)
     with emulator.using(schedule):
         product.check(tensors, product.run(launchers, shape, tensors))
@@ -41,9 +40,7 @@ def test_agrees_with_fp64(
 def test_every_kernel_up_to_its_last_token(
     emulator: Emulator, launchers: Launchers, inputs: int, outputs: int, tokens: int, product: Product
 ) -> None:
-    shape = product.fit(Shape(tokens, inputs, outputs))
-    if shape.tokens < tokens:
-        return
+    shape = Shape(tokens, inputs, outputs)
     tensors = product.inputs(shape)
     for schedule in (LAZY, EAGER_GREEDY):
         with emulator.using(schedule):
@@ -53,7 +50,6 @@ def test_every_kernel_up_to_its_last_token(
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
 @pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=str)
 def test_empty_and_without_bias(launchers: Launchers, shape: Shape, product: Product) -> None:
-    shape = product.fit(shape)
     for bias in (True, False):
         tensors = product.inputs(shape)
         product.check(tensors, product.run(launchers, shape, tensors, bias), bias)
@@ -63,7 +59,7 @@ def test_empty_and_without_bias(launchers: Launchers, shape: Shape, product: Pro
 @pytest.mark.parametrize("value", [0.0, 1.0], ids=["nothing kept", "everything kept"])
 def test_the_sparsest_and_the_densest(launchers: Launchers, product: Product, value: float) -> None:
     """A tile without values, and one that fills its shared memory. (The densest 2:4 weight keeps two of four.)"""
-    shape = product.fit(Shape(3, 192, 70))
+    shape = Shape(3, 192, 70)
     tensors = product.inputs(shape)
     if product.op == "nm_linear":
         weight = (nm_weight(70, 192, 2, 4, product.dtype) != 0).to(product.dtype) * value
@@ -80,7 +76,6 @@ def test_the_sparsest_and_the_densest(launchers: Launchers, product: Product, va
 def test_bitwise_the_same_in_every_schedule(
     emulator: Emulator, launchers: Launchers, shape: Shape, product: Product
 ) -> None:
-    shape = product.fit(shape)
     tensors = product.inputs(shape)
     first = product.run(launchers, shape, tensors)
     for schedule in SCHEDULES:
@@ -91,9 +86,8 @@ def test_bitwise_the_same_in_every_schedule(
 @pytest.mark.parametrize("product", FORMATS, ids=str)
 def test_nothing_before_the_start_is_touched(emulator: Emulator, launchers: Launchers, product: Product) -> None:
     emulator.at_end = False
-    shape = product.fit(BUSY)
-    tensors = product.inputs(shape)
-    product.check(tensors, product.run(launchers, shape, tensors))
+    tensors = product.inputs(BUSY)
+    product.check(tensors, product.run(launchers, BUSY, tensors))
 
 
 # What must be noticed
@@ -102,7 +96,7 @@ def test_nothing_before_the_start_is_touched(emulator: Emulator, launchers: Laun
 def synchronisations() -> list[int]:
     """The source lines of every barrier and every wait."""
     lines = SOURCE.read_text().splitlines()
-    return [i for i, line in enumerate(lines, 1) if re.search(r"__sync(threads|warp)\(\);|cp_async_wait<", line)]
+    return [i for i, line in enumerate(lines, 1) if re.search(r"__syncthreads\(\);|cp_async_wait<", line)]
 
 
 @pytest.mark.parametrize("product", FORMATS, ids=str)
@@ -110,15 +104,12 @@ def synchronisations() -> list[int]:
 def test_every_missing_barrier_and_wait_is_noticed(
     emulator: Emulator, launchers: Launchers, line: int, product: Product
 ) -> None:
-    if "warp" in SOURCE.read_text().splitlines()[line - 1] and product.kernel != "two tokens":
-        pytest.skip("a barrier of the kernel for two tokens")
-    shape = product.fit(BUSY)
-    tensors = product.inputs(shape)
-    right = product.run(launchers, shape, tensors)
+    tensors = product.inputs(BUSY)
+    right = product.run(launchers, BUSY, tensors)
     for schedule in SCHEDULES:
         with emulator.using(schedule), emulator.without(line):
             try:
-                wrong = product.run(launchers, shape, tensors)
+                wrong = product.run(launchers, BUSY, tensors)
             except RuntimeError:
                 return
         if not torch.equal(right, wrong):
@@ -130,7 +121,6 @@ def test_every_missing_barrier_and_wait_is_noticed(
 @pytest.mark.parametrize("product", FORMATS, ids=str)
 def test_reading_past_the_end_of_any_input_is_noticed(launchers: Launchers, product: Product, which: str) -> None:
     for shape in (Shape(5, 320, 64), Shape(5, 300, 64)):  # Asynchronous copies, and single elements.
-        shape = product.fit(shape)
         tensors = product.inputs(shape)
         if which not in tensors:
             continue
@@ -141,23 +131,17 @@ def test_reading_past_the_end_of_any_input_is_noticed(launchers: Launchers, prod
 
 def test_invalid_arguments_are_refused(emulator: Emulator) -> None:
     x = emulator.empty(64, 64, dtype=torch.float32).data_ptr()
-    plain, tensor_cores, two_tokens = (plans.KERNELS[name] for name in ("plain", "tensor cores", "two tokens"))
-    for shape, kernel, splits, dtype in (
-        ((1, 64, 64), tensor_cores, 1, 0),  # of fp32
-        ((1, 64, 64), two_tokens, 1, 1),  # of 2:4
-        ((1, 64, 64), 3, 1, 1),
-        ((1, 64, 64), plain, 2, 0),  # no room for two parts
-        ((1, 64, 64), plain, 0, 0),
-        ((1, 66, 64), plain, 1, 0),
-        ((1, 64, 64), plain, 1, 3),
+    for shape, tensor_cores, splits, dtype in (
+        ((1, 64, 64), True, 1, 0),  # fp32 on tensor cores
+        ((1, 64, 64), False, 2, 0),  # no room for two parts
+        ((1, 64, 64), False, 0, 0),
+        ((1, 66, 64), False, 1, 0),
+        ((1, 64, 64), False, 1, 3),
     ):
         with pytest.raises(RuntimeError, match="invalid argument"):
-            emulator.cuda.nm_linear(shape, kernel, splits, dtype, x, x, x, 0, x, 0, 0)
+            emulator.cuda.nm_linear(shape, tensor_cores, splits, dtype, x, x, x, 0, x, 0, 0)
     with pytest.raises(RuntimeError, match="invalid argument"):
-        emulator.cuda.bitmap_linear((1, 64, 64), plain, 1, 0, x, x + 4, x, x, 0, x, 0, 0)
-    for shape, dtype in (((3, 64, 64), 1), ((1, 64, 64), 0)):  # too many tokens; fp32
-        with pytest.raises(RuntimeError, match="invalid argument"):
-            emulator.cuda.bitmap_linear(shape, two_tokens, 1, dtype, x, x, x, x, 0, x, 0, 0)
+        emulator.cuda.bitmap_linear((1, 64, 64), False, 1, 0, x, x + 4, x, x, 0, x, 0, 0)
 
 
 # The ops of pyprune.ops on these kernels
@@ -173,14 +157,14 @@ def dense_of(name: str, arguments: tuple[Tensor | int, ...]) -> Tensor:
 def test_functional_api(emulator: Emulator, op: str, dtype: torch.dtype, tokens: int) -> None:
     """Every row of the default tables, and above: x [2, tokens / 2, in] where that divides."""
     shape = Shape(tokens, 200, 66)
-    tensors = Product(op, dtype, "plain", 1).inputs(shape)
+    tensors = Product(op, dtype, False, 1).inputs(shape)
     packed = [tensor for name, tensor in tensors.items() if name not in ("x", "weight", "bias")]
     pattern = (2, 4) if op == "nm_linear" else (66, 200)
     x = tensors["x"].view(2, -1, 200) if tokens % 2 == 0 else tensors["x"]
     with ops.using(CudaKernels(emulator.cuda, stream=lambda device: 0)):
         y = getattr(ops, op)(x, *packed, *pattern, tensors["bias"])
     assert y.shape == (*x.shape[:-1], 66)
-    Product(op, dtype, "plain", 1).check(tensors, y.view(tokens, 66))
+    Product(op, dtype, False, 1).check(tensors, y.view(tokens, 66))
 
 
 def test_packing_through_the_functional_api(emulator: Emulator) -> None:
@@ -237,17 +221,16 @@ def test_tables_are_well_formed() -> None:
             for size, rows in op.items():
                 tokens = [most for most, _, _ in rows]
                 assert tokens == sorted(set(tokens)) and tokens[0] >= 1
-                assert all(kernel in plans.KERNELS and blocks >= 1 for _, kernel, blocks in rows)
+                assert all(kernel in ("tensor cores", "plain") and blocks >= 1 for _, kernel, blocks in rows)
                 assert size == "16-bit" or all(kernel == "plain" for _, kernel, _ in rows)
-                assert all(most <= 2 for most, kernel, _ in rows if kernel == "two tokens")
-        assert all(kernel != "two tokens" for rows in table["nm_linear"].values() for _, kernel, _ in rows)
 
 
 def test_splits() -> None:
     """H100: 132 multiprocessors. 4096 outputs are 64 tiles; 8 parts make 512 blocks, 3.9 for each."""
-    assert plans.splits(4, 132, 4096, 4096) == plans.splits(4, 132, 14336, 4096) == 8
-    assert plans.splits(2, 132, 4096, 4096) == 4
-    assert plans.splits(4, 132, 512, 4096) == 4, "a part has at least one stage"
-    assert plans.splits(4, 132, 8192, 64) == plans.MOST_SPLITS
-    assert plans.splits(1, 132, 4096, 132 * 64 * 100) == 1
-    assert plans.splits(4, 132, 0, 0) == 1
+    assert plans.splits(4, 132, Shape(1, 4096, 4096)) == plans.splits(4, 132, Shape(1, 14336, 4096)) == 8
+    assert plans.splits(2, 132, Shape(1, 4096, 4096)) == 4
+    assert plans.splits(4, 132, Shape(1, 512, 4096)) == 4, "a part has at least one stage"
+    assert plans.splits(4, 132, Shape(1, 8192, 64)) == plans.MOST_SPLITS
+    assert plans.splits(4, 132, Shape(1, 4096, 28672)) == 5, "448 tiles alone leave some with four and most with three"
+    assert plans.splits(4, 132, Shape(32, 4096, 28672)) == 1, "the parts of 32 tokens cost more than that"
+    assert plans.splits(4, 132, Shape(1, 0, 0)) == 1
