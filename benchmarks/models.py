@@ -134,9 +134,9 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def check_equal(what: str, found: Tensor, expected: Tensor, dtype: torch.dtype, layers: int) -> None:
-    """Ends the benchmark when logits differ by more than roundings, in the norm: 1e-4 in fp32, in bf16 four units in the
-    last place times the root of the layers, whose roundings add up like steps of a random walk (32 layers of a 7B shape:
-    10 units measured, 23 allowed). A fault in a cut (a channel, a gain, a sign) is of the order of one."""
+    """Ends the benchmark when logits differ by more than roundings, in the norm: 1e-4 in fp32, in bf16 four units in
+    the last place times the root of the layers, whose roundings add up like the steps of a random walk (32 layers of a
+    7B shape: 10 units measured, 23 allowed). A fault in a cut (a channel, a gain, a sign) is of the order of one."""
     error = ((found - expected).norm() / expected.norm()).item()
     allowed = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps * layers**0.5
     if not error < allowed:
