@@ -100,7 +100,7 @@ class PAT(Pruning):
         "first, then the dropped subspace is trained)",
         choices=["identity", "pca", "learned"],
     )
-    rank: int | None = option(None, "rank of the HSMs (default: hidden size / 20)")
+    rank: int | None = option(None, "rank of the HSMs (default: hidden size / 20, in eights)")
     milestone: float = option(1 / 3, "share of the steps after which the mask is binary and frozen")
     compact: bool = option(True, "cut the zeros out at the milestone and go on in the smaller shapes")
     mask_learning_rate: float = option(0.02, "step of the mask's proxies (basis identity, pca)")
@@ -210,7 +210,7 @@ class _Tuning:
         self.parts = nn.Module()  # in the model, so that they move, are saved and are trained with it
         self.parts.selection = self.selection = selection.to(device)
         generator = torch.Generator().manual_seed(options.hsm_seed)
-        rank = options.rank or max(1, self.hidden_size // 20)
+        rank = options.rank or min(self.hidden_size, max(8, round(self.hidden_size / 160) * 8))  # whole 16-byte pieces
         self.hsms = {
             name: HSM(self.hidden_size, rank, generator=generator).to(device)
             for name in decoder.writers()
