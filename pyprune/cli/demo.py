@@ -13,7 +13,7 @@ from pyprune.methods import find
 
 HELP = "tune and prune a small real model and compare it with the dense one"
 DEMO: dict[str, Any] = {
-    "steps": 40,
+    "steps": 36,
     "batch_size": 4,
     "window": 256,
     "learning_rate": 1e-3,
