@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("hardware", help='part of its name, such as "H100"')
     parser.add_argument("--benchmarks", nargs="*", help="of these only")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw packed linears over tokens instead")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 16, 32, 64, 256, 2048], help="of the picture")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 16, 32, 64, 256, 2048, 16384])
     arguments = parser.parse_args()
     with RESULTS.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if arguments.hardware in row["hardware"]]

@@ -7,6 +7,7 @@ works on the `Decoder` that `describe` returns. See docs/families.md for how to 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -184,6 +185,13 @@ class Decoder:
         """A number that stock `from_pretrained` wants hidden_size to be a multiple of."""
         field = self.family.width_multiple
         return int(getattr(self.config, field)) if field else 1
+
+    @property
+    def rounding(self) -> int:
+        """What a kept hidden size is a multiple of, beside `width_multiple`, unless one asks for another: the largest
+        of 64, 32, 16 and 8, which hardware likes, that leaves eight sizes to choose from; else 1."""
+        steps = (step for step in (64, 32, 16, 8) if 8 * math.lcm(step, self.width_multiple) <= self.hidden_size)
+        return next(steps, 1)
 
     @property
     def head_dim(self) -> int:

@@ -33,8 +33,8 @@ RESIDENT = 6
 START = 0.2
 """What a block costs beside its stages, in stages."""
 SUM_COST = 1 / 576
-"""What a part of one result costs, in stages of a multiprocessor. Its 8 bytes, written and read, are 1 / 1152 of a packed
-stage; twice that agrees best with an H100."""
+"""What a part of one result costs, in stages of a multiprocessor. Its 8 bytes, written and read, are 1 / 1152 of a
+packed stage; twice that agrees best with an H100."""
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,16 @@ from pyprune.training import carry_moments, check_arguments, check_moments, resu
 STRUCTURE = "pat.safetensors"  # what `prepare(resume=...)` needs before the trained tensors can be loaded
 
 
-def kept_channels(decoder: Decoder, ratio: float, round_to: int) -> int:
-    """How many channels stay: (1 - ratio) d, rounded to the nearest multiple of `round_to` that stock code accepts
-    (Llama wants a multiple of the number of heads).
+def kept_channels(decoder: Decoder, ratio: float, round_to: int | None) -> int:
+    """How many channels stay: (1 - ratio) d, rounded to the nearest multiple of `round_to` (`decoder.rounding` if None)
+    that stock code accepts (Llama wants a multiple of the number of heads).
 
     Raises:
         ValueError: the ratio is not between 0 and 1, or it rounds to no channel or to all of them.
     """
     if not 0 < ratio < 1:
         raise ValueError(f"ratio is {ratio}; expected a number between 0 and 1, such as 0.25")
+    round_to = decoder.rounding if round_to is None else round_to
     if round_to < 1:
         raise ValueError(f"round_to is {round_to}; expected at least 1")
     multiple = math.lcm(round_to, decoder.width_multiple)
@@ -57,7 +58,10 @@ class Pruning(LoRA):
     """What all methods that prune the hidden size share."""
 
     ratio: float = option(0.25, "share of the hidden channels that goes")
-    round_to: int = option(64, "the kept hidden size is a multiple of this, which hardware likes")
+    round_to: int | None = option(
+        None,
+        "the kept hidden size is a multiple of this (default: 64, or as much as leaves eight sizes to choose from)",
+    )
     untie: bool = option(
         False,
         "in a rotated basis, give a tied head a matrix of its own; else the basis mixes only channels whose gains in "

@@ -27,7 +27,10 @@ class SliceGPT(LoRA):
     """Cut before training; satisfies `Method`."""
 
     target: str = option("params=0.75", "the model that is left: params= or bytes= (a share or a number), or hidden=")
-    round_to: int = option(64, "the kept hidden size is a multiple of this, which hardware likes")
+    round_to: int | None = option(
+        None,
+        "the kept hidden size is a multiple of this (default: 64, or as much as leaves eight sizes to choose from)",
+    )
     untie: bool = option(
         False,
         "give a tied head a matrix of its own, as in the paper; else the basis mixes only channels whose gains in the "
@@ -43,12 +46,13 @@ class SliceGPT(LoRA):
             raise ValueError(
                 f"target is {self.target!r}; SliceGPT cuts the hidden size: expected params, bytes or hidden="
             )
-        plan.Rules(("hidden",), round_to=self.round_to)
+        if self.round_to is not None:
+            plan.Rules(("hidden",), round_to=self.round_to)
 
     def hidden_size(self, model: nn.Module) -> int:
         """The hidden size that meets the target. Raises ValueError when there is none."""
         decoder, wanted = describe(model), plan.Target.parse(self.target)
-        rules = plan.Rules(("hidden",), round_to=self.round_to)
+        rules = plan.Rules(("hidden",), round_to=decoder.rounding if self.round_to is None else self.round_to)
         return plan.widths_for(decoder, wanted, rules, untied=self.untie).hidden
 
     def check(self, model: nn.Module) -> None:

@@ -81,7 +81,7 @@ def test_pat_step_counts_what_a_step_multiplies(script: Any) -> None:
     models, module = importlib.import_module("models"), importlib.import_module("bench_pat_step")
     case = module.Setting("toy", "float32", "identity", 32, 16, 1)
     lora = module.contender(case, "lora", 1)  # rank 1
-    before = module.contender(case, "before", 0)  # rank 20, HSMs of rank 3
+    before = module.contender(case, "before", 0)  # rank 20, HSMs of rank 8
     hidden, inner, kv, blocks, vocabulary = 64, 96, 32, 2, 128
     block = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
     adapters = 4 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner)  # of one block, for each rank
@@ -90,8 +90,8 @@ def test_pat_step_counts_what_a_step_multiplies(script: Any) -> None:
     # LoRA has nothing to train before the first q, k and v, so these need no gradient of their input; PAT has the mask
     unneeded = 2 * hidden * (hidden + 2 * kv) + 2 * 3 * hidden
     assert models.floating_point_operations(lora.step) == 32 * (frozen + 6 * blocks * adapters + attention - unneeded)
-    hsms = 2 * blocks * 6 * 2 * hidden * 3
-    identity_loss = 2 * blocks * 2 * 3 * 2 * hidden * 3**2  # of l0 and l1, once a step
+    hsms = 2 * blocks * 6 * 2 * hidden * 8
+    identity_loss = 2 * blocks * 2 * 3 * 2 * hidden * 8**2  # of l0 and l1, once a step
     per_token = frozen + 6 * blocks * adapters * 20 + attention + hsms
     assert models.floating_point_operations(before.step) == 32 * per_token + identity_loss
 

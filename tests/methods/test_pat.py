@@ -10,7 +10,7 @@ import pytest
 import torch
 from surgery.tiny_decoders import WIDTH, tiny, token_ids
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from pyprune import PAT
 from pyprune.architectures import describe, unwrap
@@ -356,6 +356,21 @@ def test_kept_channels_fit_what_stock_code_accepts() -> None:
     """Llama's config refuses a hidden size that is no multiple of its 4 heads; Qwen2's does not."""
     assert kept_channels(describe(tiny("qwen2")), 1 / 3, 3) == 15  # of 24, nearest to 16
     assert kept_channels(describe(tiny("llama")), 1 / 3, 3) == 12
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "rounding", "kept"),
+    [(576, 9, 8, 432), (960, 15, 8, 720), (2048, 32, 64, 1536), (4096, 32, 64, 3072), (24, 4, 1, 16)],
+    ids=["SmolLM2-135M", "SmolLM2-360M", "Llama-1B", "Llama-7B", "tiny"],
+)
+def test_default_rounding_leaves_a_choice(hidden: int, heads: int, rounding: int, kept: int) -> None:
+    """64 and 9 heads would leave SmolLM2-135M no size but its own."""
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": 8, "vocab_size": 8}
+    config = LlamaConfig(**sizes, num_hidden_layers=1)
+    with torch.device("meta"):
+        decoder = describe(LlamaForCausalLM(config))
+    assert decoder.rounding == rounding
+    assert kept_channels(decoder, 0.25, None) == kept
 
 
 def test_bad_input(tmp_path: Path) -> None:
