@@ -93,8 +93,10 @@ void unpack(int64_t first_tile_row, int64_t rows, int64_t columns, const void* v
       const int64_t tile = (first_tile_row + tile_row) * tile_columns + tile_column;
       int64_t together = smaller(kTogether, tile_columns - tile_column);
       T tail[kTile * kTile + kWord];
-      if (offsets[tile + together] + kWord > values_size) together = 1;  // the tail is that of one tile
-      const T* next[kTogether] = {readable(values, offsets[tile], offsets[tile + 1], values_size, tail)};
+      bool whole = true;
+      for (int64_t k = 0; k < together; ++k) whole &= within<kTile * kTile + kWord>(offsets[tile + k], values_size);
+      if (!whole) together = 1;  // the tail is that of one tile
+      const T* next[kTogether] = {readable(values, offsets[tile], values_size, tail)};
       for (int64_t k = 1; k < together; ++k) next[k] = values + offsets[tile + k];
       for (int64_t i = 0; i < height; ++i) {
         T* target = weight + (tile_row * kTile + i) * columns + tile_column * kTile;

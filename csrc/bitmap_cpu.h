@@ -2,7 +2,7 @@
 //
 // Everything is contiguous; "typed" means elements of `dtype`. Tiles are 64 x 64, numbered row by row. Outputs are
 // overwritten, results do not depend on `threads`, any size may be zero, no function allocates or fails. Bits and
-// offsets are trusted: every read stays inside what they describe.
+// offsets are trusted to describe what is written; `unpack` reads nothing outside values whatever they say.
 #pragma once
 
 #include <cstdint>

@@ -168,12 +168,22 @@ inline void select_word(uint64_t word, const T* in, T* out) {
 #endif
 }
 
-// values[begin], from where expand_word may read on past `end` by a word: copied to `tail` where the array ends before.
+// Whether kSize elements can be read from values[begin] on: as much as a tile takes whatever its bits say.
+template <size_t kSize>
+inline bool within(int64_t begin, int64_t size) {
+  return begin >= 0 && begin <= size - static_cast<int64_t>(kSize);
+}
+
+// values[begin], from where kSize elements may be read: copied to `tail` where the array ends before, with zeros behind
+// it, and all zeros where it does not begin there.
 template <typename T, size_t kSize>
-inline const T* readable(const T* values, int64_t begin, int64_t end, int64_t size, T (&tail)[kSize]) {
-  if (end + kWord <= size) return values + begin;
-  if (end > begin) memcpy(tail, values + begin, static_cast<size_t>(end - begin) * sizeof(T));
-  memset(tail + (end - begin), 0, kWord * sizeof(T));
+inline const T* readable(const T* values, int64_t begin, int64_t size, T (&tail)[kSize]) {
+  if (within<kSize>(begin, size)) return values + begin;
+  const size_t left = begin < 0 || begin >= size
+                          ? 0
+                          : static_cast<size_t>(size - begin < int64_t{kSize} ? size - begin : int64_t{kSize});
+  memcpy(tail, values + (left > 0 ? begin : 0), left * sizeof(T));
+  memset(tail + left, 0, (kSize - left) * sizeof(T));
   return tail;
 }
 

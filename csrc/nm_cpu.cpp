@@ -245,7 +245,8 @@ void decompress_row(int64_t columns, int n, int m, const T* values, const uint8_
   memset(weight, 0, static_cast<size_t>(columns) * sizeof(T));
   for (int64_t value = 0; value < kept; ++value) {
     const int64_t bit = value * bits;
-    weight[value / n * m + (metadata[bit / 8] >> bit % 8 & ((1 << bits) - 1))] = values[value];
+    const int place = metadata[bit / 8] >> bit % 8 & ((1 << bits) - 1);
+    if (place < m) weight[value / n * m + place] = values[value];  // Else damaged: nothing is written elsewhere.
   }
 }
 
@@ -257,7 +258,7 @@ void decompress_row_pairs(int64_t columns, const T* values, int64_t size, const 
     const uint64_t packed = load_word(metadata + begin / 8, (width + 7) / 8);
     const uint64_t word = map_nibbles(kPairs.mask, packed) & ~uint64_t{0} >> (kWord - width);
     T tail[kWord * 3 / 2], edge[kWord];
-    const T* source = readable(values, begin / 2, begin / 2 + width / 2, size, tail);
+    const T* source = readable(values, begin / 2, size, tail);
     expand_word(word, source, width == kWord ? weight + begin : edge);
     if (width < kWord) memcpy(weight + begin, edge, static_cast<size_t>(width) * sizeof(T));
   }

@@ -183,7 +183,7 @@ struct BitmapSource {
 
     void next() {
       memcpy(words, from.bitmap + tile * sizeof words, sizeof words);
-      packed = readable(from.values, from.offsets[tile], from.offsets[tile + 1], from.values_size, tail);
+      packed = readable(from.values, from.offsets[tile], from.values_size, tail);
       ++tile;
     }
 
@@ -280,7 +280,7 @@ struct NmSource {
       const T* source = packed[i];
       packed[i] += count;
       fetch_ahead(source, kWord / 2 * sizeof(T));
-      return end - source >= kWord ? source : readable(source, 0, count, end - source, tail);
+      return end - source >= kWord ? source : readable(source, 0, end - source, tail);
     }
 
     void take(int i, int w, T* out) {

@@ -9,6 +9,15 @@ from pyprune._cpu.common import DTYPE_CODES, Kernels
 from pyprune.reference.bitmap import TILE
 
 
+def check_end(op: str, values: Tensor, offsets: Tensor) -> None:
+    """Raises ValueError when values does not end where offsets does. (What else is wrong with a packed weight is found
+    by `ops.check_bitmap`; the kernels read nothing outside values whatever its bits and offsets say.)"""
+    if int(offsets[-1]) != len(values):
+        raise ValueError(
+            f"{op}: values has {len(values)} elements, offsets ends at {int(offsets[-1])}; pass those of one weight"
+        )
+
+
 class Bitmap(Kernels):
     """The family's ops."""
 
@@ -27,6 +36,7 @@ class Bitmap(Kernels):
     def bitmap_unpack(
         self, values: Tensor, bitmap: Tensor, offsets: Tensor, out_features: int, in_features: int
     ) -> Tensor:
+        check_end("bitmap_unpack", values, offsets)
         weight = values.new_empty(out_features, in_features)
         self._unpack_rows(values, bitmap, offsets, 0, weight)
         return weight

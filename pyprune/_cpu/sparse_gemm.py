@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pyprune._cpu.bitmap import Bitmap
+from pyprune._cpu.bitmap import Bitmap, check_end
 from pyprune._cpu.common import DTYPE_CODES, address
 from pyprune._cpu.nm import Nm
 
@@ -53,6 +53,7 @@ class SparseGemm(Bitmap, Nm):
         out_features: int,
         in_features: int,
     ) -> Tensor:
+        check_end("bitmap_linear", values, offsets)
         if len(x) > few_tokens(x.dtype):
 
             def expand(first: int, rows: Tensor) -> None:

@@ -105,7 +105,8 @@ def bitmap_pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def bitmap_unpack(values: Tensor, bitmap: Tensor, offsets: Tensor, out_features: int, in_features: int) -> Tensor:
     """The dense weight [out_features, in_features] of a packed one, +0 elsewhere; the inverse of `bitmap_pack`.
 
-    Bits and offsets are trusted: see `check_bitmap` for tensors that come from elsewhere.
+    Bits and offsets are trusted: see `check_bitmap` for tensors that come from elsewhere. (Wrong ones give wrong
+    results; on a CPU they lead nowhere outside values, on a GPU they may.)
 
     Raises:
         TypeError, ValueError: an argument's dtype, device or shape does not fit.

@@ -323,6 +323,36 @@ def test_arguments_are_checked() -> None:
         ops.gathered_linear(x, weight, torch.arange(16, dtype=torch.int32))
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_damaged_places_lead_nowhere(dtype: torch.dtype, isa: str) -> None:
+    """Wrong offsets and bits give wrong rows, never a read outside values; rows of other tiles are as they were."""
+    weight = torch.randn(192, 320).to(dtype)
+    weight[torch.rand_like(weight.float()) < 0.5] = 0
+    values, bitmap, offsets = ops.bitmap_pack(weight)
+    everything = bitmap.clone()
+    everything[5:10] = 255  # of the second of three rows of tiles
+    for tokens in (1, 20, 100):  # in registers, by a panel, and expanded
+        x = torch.randn(tokens, 320).to(dtype)
+        right = ops.bitmap_linear(x, values, bitmap, offsets, 192, 320)
+        y = ops.bitmap_linear(x, values, everything, offsets, 192, 320)
+        assert torch.equal(y[:, :64], right[:, :64]) and torch.equal(y[:, 128:], right[:, 128:])
+        for place in (-1, -(1 << 62), len(values) - 1, len(values), 1 << 40, (1 << 62) + 1):
+            elsewhere = offsets.clone()
+            elsewhere[7] = place
+            y = ops.bitmap_linear(x, values, bitmap, elsewhere, 192, 320)
+            assert torch.equal(y[:, :64], right[:, :64]) and torch.equal(y[:, 128:], right[:, 128:]), place
+        elsewhere = offsets.clone()
+        elsewhere[14] = 1 << 50  # of the last tile, whose end stays
+        y = ops.bitmap_linear(x, values, bitmap, elsewhere, 192, 320)
+        assert torch.equal(y[:, :128], right[:, :128])
+    for damaged in ((values[:-8], bitmap, offsets), (values, bitmap, offsets + 8)):
+        with pytest.raises(ValueError, match=r"values has \d+ elements, offsets ends at \d+"):
+            ops.bitmap_linear(x, *damaged, 192, 320)
+        with pytest.raises(ValueError, match=r"values has \d+ elements, offsets ends at \d+"):
+            ops.bitmap_unpack(*damaged, 192, 320)
+
+
 def test_masks_agree_with_bits() -> None:
     """The mask of `nm_prune` is what `masked_linear` takes."""
     x, weight, _ = inputs(2, 8, 16, torch.float32)
