@@ -182,7 +182,7 @@ inline const T* readable(const T* values, int64_t begin, int64_t size, T (&tail)
   const size_t left = begin < 0 || begin >= size
                           ? 0
                           : static_cast<size_t>(size - begin < int64_t{kSize} ? size - begin : int64_t{kSize});
-  memcpy(tail, values + (left > 0 ? begin : 0), left * sizeof(T));
+  if (left > 0) memcpy(tail, values + begin, left * sizeof(T));
   memset(tail + left, 0, (kSize - left) * sizeof(T));
   return tail;
 }
