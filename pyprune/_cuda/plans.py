@@ -81,6 +81,7 @@ def suits_cutlass(x: Tensor, outputs: int) -> bool:
     return takes and least is not None and tokens >= least
 
 
+@cache
 def splits(blocks: int, processors: int, shape: tuple[int, int, int]) -> int:
     """Into how many parts to cut the sums of a product of (tokens, inputs, outputs), the fewest that cost least.
 
