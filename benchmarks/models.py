@@ -134,11 +134,12 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def check_equal(what: str, found: Tensor, expected: Tensor, dtype: torch.dtype, layers: int) -> None:
-    """Ends the benchmark when logits differ by more than roundings, in the norm: 1e-4 in fp32, in bf16 four units in
-    the last place times the root of the layers, whose roundings add up like the steps of a random walk (32 layers of a
-    7B shape: 10 units measured, 23 allowed). A fault in a cut (a channel, a gain, a sign) is of the order of one."""
+    """Ends the benchmark when logits differ by more than roundings, in the norm: 1e-4 in fp32, in bf16 eight units in
+    the last place, or 2.5 times the root of the layers, whose roundings add up like the steps of a random walk (32
+    layers of a 7B shape: 10.5 measured, 14 allowed). A fault in a cut (a channel, a gain, a sign) is of the order of
+    one."""
     error = ((found - expected).norm() / expected.norm()).item()
-    allowed = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps * layers**0.5
+    allowed = 1e-4 if dtype == torch.float32 else max(8.0, 2.5 * layers**0.5) * torch.finfo(dtype).eps
     if not error < allowed:
         raise SystemExit(f"{what}: the logits differ by {error:.1e}, more than {allowed:.1e}: nothing was measured")
     print(f"  checked: {what}, logits within {error:.1e} (allowed {allowed:.1e})")
