@@ -10,20 +10,18 @@
 //   scan     2 + 1/8                 29 us
 //   pack     2 + 1/8 + 2 (1 - s)     42 us
 //   unpack   2 (1 - s) + 1/8 + 2     42 us
+#include "bitmap.cuh"
 #include "bitmap.h"
-#include "device.cuh"
 
 namespace pyprune {
 namespace {
 
 using namespace device;
 
-constexpr int kTile = 64;
 constexpr int kColumns = 8;                                 // of a piece
 constexpr int kPiecesPerRow = kTile / kColumns;             // 8
 constexpr int kPieces = 2;                                  // of a thread
 constexpr int kThreads = kTile * kPiecesPerRow / kPieces;   // 256
-constexpr int kAlignment = 8;                               // of a tile's values, in elements
 constexpr size_t kSumsBytes = kThreads / 32 * sizeof(int);  // a sum for each warp
 
 template <typename Pointer>
@@ -99,7 +97,7 @@ __device__ __forceinline__ void load_bits(unsigned (&bits)[kPieces], const uint8
   for (int p = 0; p < kPieces; ++p) bits[p] = __ldg(bitmap + (this_tile() * kPieces + p) * kThreads + threadIdx.x);
 }
 
-// Copies `count` elements, a multiple of kAlignment and at most a tile, between shared and global memory, the whole
+// Copies `count` elements, a multiple of kTileAlignment and at most a tile, between shared and global memory, the whole
 // block at it.
 template <typename Bits>
 __device__ __forceinline__ void copy_values(Bits* target, const Bits* source, int count, bool wide) {
@@ -136,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) scan(Dense<const Bits*> weight, uint
   }
   int first[kPieces];
   const int total = first_values(bits, first);
-  if (threadIdx.x == 0) offsets[this_tile() + 1] = ceil_divide(total, kAlignment) * kAlignment;
+  if (threadIdx.x == 0) offsets[this_tile() + 1] = ceil_divide(total, kTileAlignment) * kTileAlignment;
   if (threadIdx.x == 0 && this_tile() == 0) offsets[0] = 0;
 }
 
@@ -158,20 +156,20 @@ __global__ void __launch_bounds__(kThreads)
       if (bits[p] >> i & 1) staged[first[p]++] = pieces[p].elements[i];
     }
   }
-  const int count = (total + kAlignment - 1) / kAlignment * kAlignment;
+  const int count = (total + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
   if (total + static_cast<int>(threadIdx.x) < count) staged[total + threadIdx.x] = Bits{0};
   __syncthreads();  // The tile's values are there.
   copy_values(values + offsets[this_tile()], staged, count, wide);
 }
 
 template <bool kWhole, typename Bits>
-__global__ void __launch_bounds__(kThreads)
-    unpack(const Bits* values, const uint8_t* bitmap, const int64_t* offsets, Dense<Bits*> weight, bool wide) {
+__global__ void __launch_bounds__(kThreads) unpack(const Bits* values, int64_t values_size, const uint8_t* bitmap,
+                                                   const int64_t* offsets, Dense<Bits*> weight, bool wide) {
   unsigned bits[kPieces];
   load_bits(bits, bitmap);
-  const int64_t begin = offsets[this_tile()], size = offsets[this_tile() + 1] - begin;
+  const TileValues mine = values_of_tile(offsets + this_tile(), values_size);
   Bits* staged = staged_values<Bits>();
-  copy_values(staged, values + begin, static_cast<int>(size < kTile * kTile ? size : kTile * kTile), wide);
+  copy_values(staged, values + mine.begin, mine.count, wide);
   int first[kPieces];
   first_values(bits, first);
 #pragma unroll
@@ -241,13 +239,13 @@ int bitmap_pack(int64_t rows, int64_t columns, int dtype, const void* weight, co
   });
 }
 
-int bitmap_unpack(int64_t rows, int64_t columns, int dtype, const void* values, const uint8_t* bitmap,
-                  const int64_t* offsets, void* weight, void* stream) {
+int bitmap_unpack(int64_t rows, int64_t columns, int dtype, const void* values, int64_t values_size,
+                  const uint8_t* bitmap, const int64_t* offsets, void* weight, void* stream) {
   if (!valid(rows, columns)) return cudaErrorInvalidValue;
   return with_bits(dtype, [&](auto zero) -> int {
     using Bits = decltype(zero);
     return launch_tiles(whole(columns, weight) ? unpack<true, Bits> : unpack<false, Bits>, rows, columns, sizeof(Bits),
-                        stream, static_cast<const Bits*>(values), bitmap, offsets,
+                        stream, static_cast<const Bits*>(values), values_size, bitmap, offsets,
                         Dense<Bits*>{static_cast<Bits*>(weight), rows, columns}, aligned(values, 16));
   });
 }

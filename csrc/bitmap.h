@@ -25,8 +25,9 @@ int bitmap_scan(int64_t rows, int64_t columns, int dtype, const void* weight, ui
 int bitmap_pack(int64_t rows, int64_t columns, int dtype, const void* weight, const uint8_t* bitmap,
                 const int64_t* offsets, void* values, void* stream);
 
-// The dense weight [rows,columns] typed, +0 where no bit is set.
-int bitmap_unpack(int64_t rows, int64_t columns, int dtype, const void* values, const uint8_t* bitmap,
-                  const int64_t* offsets, void* weight, void* stream);
+// The dense weight [rows,columns] typed, +0 where no bit is set, from values [values_size]. Bits and offsets that do
+// not fit them give a wrong weight, but nothing outside values is read.
+int bitmap_unpack(int64_t rows, int64_t columns, int dtype, const void* values, int64_t values_size,
+                  const uint8_t* bitmap, const int64_t* offsets, void* weight, void* stream);
 
 }  // namespace pyprune

@@ -52,10 +52,10 @@ inline void bind_bitmap_cuda(py::module_& m) {
                       pointer(values), pointer(stream)),
           "bitmap_pack");
   });
-  m.def("bitmap_unpack", [](int64_t rows, int64_t columns, int dtype, Address values, Address bitmap, Address offsets,
-                            Address weight, Address stream) {
-    check(bitmap_unpack(rows, columns, dtype, pointer(values), pointer<uint8_t>(bitmap), pointer<int64_t>(offsets),
-                        pointer(weight), pointer(stream)),
+  m.def("bitmap_unpack", [](int64_t rows, int64_t columns, int dtype, Address values, int64_t values_size,
+                            Address bitmap, Address offsets, Address weight, Address stream) {
+    check(bitmap_unpack(rows, columns, dtype, pointer(values), values_size, pointer<uint8_t>(bitmap),
+                        pointer<int64_t>(offsets), pointer(weight), pointer(stream)),
           "bitmap_unpack");
   });
 }

@@ -21,7 +21,7 @@
 //
 // Every address past the matrix reads as zero weights. Registers: docs/kernels.md. No atomics: with splits, `finish`
 // adds partial sums in order.
-#include "device.cuh"
+#include "bitmap.cuh"
 #include "ptx.cuh"
 #include "sparse_gemm.h"
 
@@ -31,8 +31,7 @@ namespace {
 using namespace device;
 
 constexpr int kThreads = 128;
-constexpr int kRows = 64;  // of W that a block takes
-constexpr int kTile = 64;  // columns of W that a warp takes of a stage
+constexpr int kRows = kTile;  // of W that a block takes; a warp takes as many columns of a stage
 constexpr int kStageColumns = 128;
 constexpr int kWarpRows = 32;  // of W; warps 0, 1 the left tile of a stage, warps 2, 3 the right one
 constexpr int kPlainTokens = 4;
@@ -272,6 +271,7 @@ struct Bitmap {
   static constexpr int kBytes = 2 * kTileBytes;
 
   const T* values;
+  int64_t values_size;
   const uint8_t* bitmap;
   const int64_t* offsets;
   int64_t tile_columns;
@@ -289,11 +289,12 @@ struct Bitmap {
     const uint8_t* bits;     // of the next tile
     const int64_t* offsets;  // of the tile behind
     const T* values;
-    int64_t first, past;  // the places of the next tile's values
-    int tiles;            // left in the row
+    int64_t values_size;
+    TileValues next;  // the next tile's
+    int tiles;        // left in the row
 
     __device__ __forceinline__ Source(const Bitmap& weight, int64_t row0, int64_t column0)
-        : values(weight.values), first(0), past(0) {
+        : values(weight.values), values_size(weight.values_size), next{0, 0} {
       const int64_t column = column0 / kTile + threadIdx.x / 64, tile = row0 / kTile * weight.tile_columns + column;
       bits = weight.bitmap + tile * kBitmapBytes + threadIdx.x % 64 * 16;
       offsets = weight.offsets + tile;
@@ -302,10 +303,7 @@ struct Bitmap {
     }
 
     __device__ __forceinline__ void look_ahead() {
-      if (tiles > 0) {
-        first = __ldg(offsets);
-        past = __ldg(offsets + 1);
-      }
+      if (tiles > 0) next = values_of_tile(offsets, values_size);
       offsets += 2;
     }
 
@@ -314,8 +312,8 @@ struct Bitmap {
       unsigned char* target = shared + threadIdx.x / 64 * kTileBytes + thread * 16;
       if (thread < kBitmapBytes / 16) ptx::cp_async_16(target + kTileElements * sizeof(T), bits, tiles > 0 ? 16 : 0);
       if (tiles > 0) {
-        const T* from = values + first + thread * kVector<T>;
-        int left = static_cast<int>(static_cast<unsigned>(past - first) / kVector<T>) - thread;
+        const T* from = values + next.begin + thread * kVector<T>;
+        int left = static_cast<int>(static_cast<unsigned>(next.count) / kVector<T>) - thread;
 #pragma unroll 1
         for (; left > 0; left -= 128) {
           ptx::cp_async_16(target, from, 16);
@@ -682,12 +680,13 @@ int nm_linear(SparseShape s, SparsePlan plan, int dtype, const void* x, const vo
   });
 }
 
-int bitmap_linear(SparseShape s, SparsePlan plan, int dtype, const void* x, const void* values, const uint8_t* bitmap,
-                  const int64_t* offsets, const void* bias, void* y, float* partial, void* stream) {
+int bitmap_linear(SparseShape s, SparsePlan plan, int dtype, const void* x, const void* values, int64_t values_size,
+                  const uint8_t* bitmap, const int64_t* offsets, const void* bias, void* y, float* partial,
+                  void* stream) {
   if (!valid(s) || !aligned(values, 16) || !aligned(bitmap, 16)) return cudaErrorInvalidValue;
   return with_float(dtype, [&](auto zero) -> int {
     using T = decltype(zero);
-    const Bitmap<T> weight{static_cast<const T*>(values), bitmap, offsets, ceil_divide(s.inputs, kTile)};
+    const Bitmap<T> weight{static_cast<const T*>(values), values_size, bitmap, offsets, ceil_divide(s.inputs, kTile)};
     return run<Bitmap, T>(
         {weight, tokens<T>(s, x), output<T>(s, bias, y, partial), plan, static_cast<cudaStream_t>(stream)});
   });

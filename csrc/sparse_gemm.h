@@ -5,11 +5,11 @@
 // - x [tokens,inputs], y [tokens,outputs], bias [outputs] (or null) are contiguous, row-major elements of `dtype`.
 //   Products are accumulated in fp32.
 // - All pointers are device pointers of the current device; `stream` is a cudaStream_t. No function synchronises.
-// - Any size may be zero, inputs at most 2^31 - 1. Pointers need the alignment of their elements; bitmap and its values
-// need 16 bytes, and
-//   multiples of 16 bytes (2:4: rows of a multiple of 64 inputs) take the fast path for the others.
+// - Any size may be zero, inputs at most 2^31 - 1. Pointers need the alignment of their elements; bitmap and its
+//   values need 16 bytes, and multiples of 16 bytes (2:4: rows of a multiple of 64 inputs) take the fast path for the
+//   others.
 // - y is overwritten. Results are bitwise the same from run to run, for the same `plan`.
-// - The packed weight is trusted: every index, bit and offset must be valid.
+// - Indices, bits and offsets that do not fit the values give wrong results, but nothing outside values is read.
 // - The return value is a cudaError_t; an unknown dtype or a plan that the contract below excludes returns
 //   cudaErrorInvalidValue.
 #pragma once
@@ -38,8 +38,8 @@ struct SparsePlan {
 int nm_linear(SparseShape shape, SparsePlan plan, int dtype, const void* x, const void* values, const uint8_t* metadata,
               const void* bias, void* y, float* partial, void* stream);
 
-// values [offsets[tiles]], bitmap [tiles,64,8], offsets [tiles + 1].
-int bitmap_linear(SparseShape shape, SparsePlan plan, int dtype, const void* x, const void* values,
+// values [values_size], bitmap [tiles,64,8], offsets [tiles + 1].
+int bitmap_linear(SparseShape shape, SparsePlan plan, int dtype, const void* x, const void* values, int64_t values_size,
                   const uint8_t* bitmap, const int64_t* offsets, const void* bias, void* y, float* partial,
                   void* stream);
 

@@ -70,8 +70,9 @@ inline void bind_sparse_gemm_cuda(py::module_& m) {
           "nm_linear");
   });
   m.def("bitmap_linear", [](const py::tuple& shape, bool tensor_cores, int splits, int dtype, Address x, Address values,
-                            Address bitmap, Address offsets, Address bias, Address y, Address partial, Address stream) {
-    check(bitmap_linear(sparse_shape(shape), {tensor_cores, splits}, dtype, pointer(x), pointer(values),
+                            int64_t values_size, Address bitmap, Address offsets, Address bias, Address y,
+                            Address partial, Address stream) {
+    check(bitmap_linear(sparse_shape(shape), {tensor_cores, splits}, dtype, pointer(x), pointer(values), values_size,
                         pointer<uint8_t>(bitmap), pointer<int64_t>(offsets), pointer(bias), pointer(y),
                         pointer<float>(partial), pointer(stream)),
           "bitmap_linear");

@@ -33,12 +33,12 @@ class Bitmap(Launchers):
         self, values: Tensor, bitmap: Tensor, offsets: Tensor, out_features: int, in_features: int
     ) -> Tensor:
         weight = values.new_empty(out_features, in_features)
-        tensors = (values, sixteen_bytes(bitmap), offsets, weight)
-        self._launch_bitmap("bitmap_unpack", out_features, in_features, *tensors)
+        arguments = (values, len(values), sixteen_bytes(bitmap), offsets, weight)
+        self._launch_bitmap("bitmap_unpack", out_features, in_features, *arguments)
         return weight
 
-    def _launch_bitmap(self, function: str, rows: int, columns: int, first: Tensor, *tensors: Tensor) -> None:
+    def _launch_bitmap(self, function: str, rows: int, columns: int, first: Tensor, *others: Tensor | int) -> None:
         with torch.cuda.device_of(first):
-            addresses = [tensor.data_ptr() for tensor in (first, *tensors)]
+            addresses = [other if isinstance(other, int) else other.data_ptr() for other in (first, *others)]
             stream = self.stream(first.device)
             getattr(self.kernels, function)(rows, columns, DTYPE_CODES[first.dtype], *addresses, stream)

@@ -46,7 +46,7 @@ class SparseGemm(Bitmap, Nm, NmAdamw):
         chosen = plan("bitmap_linear", x, out_features)
         if chosen is None:
             return linear(x, self.bitmap_unpack(values, bitmap, offsets, out_features, in_features), bias)
-        weight = (sixteen_bytes(values), sixteen_bytes(bitmap), offsets)
+        weight = (sixteen_bytes(values), len(values), sixteen_bytes(bitmap), offsets)
         return self._multiply("bitmap_linear", chosen, x, weight, bias, out_features)
 
     def masked_linear(self, x: Tensor, weight: Tensor, mask_bits: Tensor, bias: Tensor | None) -> Tensor:
@@ -69,14 +69,21 @@ class SparseGemm(Bitmap, Nm, NmAdamw):
         return y if out_index is None else y[:, out_index]
 
     def _multiply(
-        self, function: str, chosen: Plan, x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, outputs: int
+        self,
+        function: str,
+        chosen: Plan,
+        x: Tensor,
+        weight: tuple[Tensor | int, ...],
+        bias: Tensor | None,
+        outputs: int,
     ) -> Tensor:
-        """Calls a launcher: shape, plan and dtype, addresses, room for the parts of the sum, the stream."""
+        """Calls a launcher: shape, plan and dtype, addresses (and sizes) of tensors, room for the parts of the sum, the
+        stream."""
         tokens, inputs = x.shape
         y = x.new_empty(tokens, outputs)
         parts = chosen.splits if chosen.splits > 1 else 0
         partial = x.new_empty(parts, tokens, outputs, dtype=torch.float32)
-        addresses = [address(tensor) for tensor in (x, *weight, bias, y, partial)]
+        addresses = [part if isinstance(part, int) else address(part) for part in (x, *weight, bias, y, partial)]
         with torch.cuda.device_of(x):
             getattr(self.kernels, function)(
                 (tokens, inputs, outputs),

@@ -105,8 +105,8 @@ def bitmap_pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def bitmap_unpack(values: Tensor, bitmap: Tensor, offsets: Tensor, out_features: int, in_features: int) -> Tensor:
     """The dense weight [out_features, in_features] of a packed one, +0 elsewhere; the inverse of `bitmap_pack`.
 
-    Bits and offsets are trusted: see `check_bitmap` for tensors that come from elsewhere. (Wrong ones give wrong
-    results; on a CPU they lead nowhere outside values, on a GPU they may.)
+    Bits and offsets are trusted: wrong ones give wrong results, though nothing outside values is read. See
+    `check_bitmap` for tensors that come from elsewhere.
 
     Raises:
         TypeError, ValueError: an argument's dtype, device or shape does not fit.
@@ -115,9 +115,9 @@ def bitmap_unpack(values: Tensor, bitmap: Tensor, offsets: Tensor, out_features:
 
 
 def check_bitmap(values: Tensor, bitmap: Tensor, offsets: Tensor, out_features: int, in_features: int) -> None:
-    """Raises unless these tensors are a packed weight of that shape, so that every op reads inside them.
+    """Raises unless these tensors are a packed weight of that shape.
 
-    Every packed weight from outside must pass here before any op sees it: kernels trust bits and offsets.
+    Every packed weight from outside must pass here before any op sees it: kernels look at no more than where to read.
 
     Raises:
         TypeError, ValueError: dtype, device or shape; the first tile with a bit outside the weight, or whose offset

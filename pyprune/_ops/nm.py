@@ -163,7 +163,7 @@ def nm_compress(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
 def nm_decompress(values: Tensor, metadata: Tensor, n: int, m: int) -> Tensor:
     """The dense weight [out, in] of a packed one, with +0 where nothing was kept; the inverse of `nm_compress`.
 
-    Indices are trusted: see `check_nm` for tensors that come from elsewhere.
+    Indices are trusted: wrong ones give wrong results. See `check_nm` for tensors that come from elsewhere.
 
     Raises:
         TypeError, ValueError: an argument's dtype, device or shape does not fit.
@@ -172,9 +172,9 @@ def nm_decompress(values: Tensor, metadata: Tensor, n: int, m: int) -> Tensor:
 
 
 def check_nm(values: Tensor, metadata: Tensor, n: int, m: int, shape: tuple[int, int] | None = None) -> None:
-    """Raises unless these tensors are a packed N:M weight, so that every op reads inside them.
+    """Raises unless these tensors are a packed N:M weight.
 
-    Every packed weight from outside must pass here before any op sees it: kernels trust the indices.
+    Every packed weight from outside must pass here before any op sees it: kernels look at no more than where to read.
 
     Args:
         values, metadata, n, m: as of `nm_compress`.

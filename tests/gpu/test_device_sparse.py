@@ -7,17 +7,20 @@ from unittest.mock import patch
 import pytest
 import torch
 from sparse_checks import (
+    DAMAGED_SHAPE,
     DTYPES,
     EMPTY_SHAPES,
     PATTERNS,
     PRODUCTS,
     SHAPES,
+    WHOLE_ROWS,
     Launchers,
     Product,
     Shape,
     assert_same,
     bitmap_pack,
     bitmap_unpack,
+    damaged_bitmaps,
     nm_compress,
     nm_decompress,
     nm_prune,
@@ -59,6 +62,23 @@ def test_bitmap(launchers: Launchers, shape: tuple[int, int], dtype: torch.dtype
         assert_same(bitmap_pack(launchers, weight), packed)
         dense = bitmap_unpack(launchers, *packed, *shape)
         assert_same((dense,), (reference.bitmap_unpack(*packed, *shape),))
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("product", [product for product in PRODUCTS if product.op == "bitmap_linear"], ids=str)
+def test_damaged_places_lead_nowhere(launchers: Launchers, product: Product) -> None:
+    """Rows of other tiles are as they were; compute-sanitizer sees that nothing else is read."""
+    outputs, inputs = DAMAGED_SHAPE
+    shape = Shape(9, inputs, outputs)
+    tensors = product.inputs(shape)
+    tensors["values"], parts = damaged_bitmaps(tensors["weight"])
+    right = product.run(launchers, shape, tensors)
+    for tensors["bitmap"], tensors["offsets"] in parts:
+        y = product.run(launchers, shape, tensors)
+        dense = bitmap_unpack(launchers, *(tensors[name] for name in ("values", "bitmap", "offsets")), *DAMAGED_SHAPE)
+        for rows in WHOLE_ROWS:
+            assert torch.equal(y[:, rows], right[:, rows])
+            assert_same((dense[rows],), (tensors["weight"][rows],))
 
 
 @pytest.mark.sanitizer

@@ -131,8 +131,9 @@ def bitmap_unpack(
 ) -> Tensor:
     weight = poisoned(launchers, rows, columns, dtype=values.dtype)
     inputs = [launchers.copy(tensor) for tensor in (values, bitmap, offsets)]
-    tensors = addresses(*inputs, weight)
-    launchers.cuda.bitmap_unpack(rows, columns, DTYPE_CODES[values.dtype], *tensors, launchers.stream())
+    first, *others = addresses(*inputs, weight)
+    code = DTYPE_CODES[values.dtype]
+    launchers.cuda.bitmap_unpack(rows, columns, code, first, len(values), *others, launchers.stream())
     return weight.cpu().clone()
 
 
@@ -144,6 +145,38 @@ def bits_of(tensor: Tensor) -> Tensor:
 def assert_same(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     for result, right in zip(results, expected, strict=True):
         assert result.dtype == right.dtype and torch.equal(bits_of(result), bits_of(right))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bitmaps whose places do not fit
+
+
+DAMAGED_SHAPE = (192, 320)
+WHOLE_ROWS = (slice(0, 64), slice(128, 192))
+"""Those of `damaged_bitmaps` that stay as they were: of the first and the last of three rows of tiles."""
+
+
+def damaged_bitmaps(weight: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """values [DAMAGED_SHAPE], and bitmaps with offsets: the right ones, then some with wrong places."""
+    values, bitmap, offsets = reference.bitmap_pack(weight)
+    everything = bitmap.clone()
+    everything[5:10] = 255
+    parts = [(bitmap, offsets), (everything, offsets)]
+    size, begin, end = len(values), int(offsets[7]), int(offsets[8])
+    for damage in (
+        (-8, 8),  # a tile that begins before the array,
+        (-(1 << 62), end),
+        (size - 8, size + 8),  # ends behind it,
+        (1 << 40, (1 << 40) + 8),
+        ((1 << 63) - 8, -(1 << 63)),
+        (end, begin),  # ends before it begins,
+        (begin + 3, end),  # is off the alignment,
+        (0, size),  # or has more than a tile can
+    ):
+        elsewhere = offsets.clone()
+        elsewhere[7:9] = torch.tensor(damage)
+        parts.append((bitmap, elsewhere))
+    return values, parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,6 +235,9 @@ class Product(NamedTuple):
     def run(self, launchers: Launchers, shape: Shape, t: dict[str, Tensor], bias: bool = True) -> Tensor:
         tokens, _, outputs = shape
         operands = [launchers.copy(tensor) for name, tensor in t.items() if name not in ("weight", "bias")]
+        inputs = addresses(*operands)
+        if self.op == "bitmap_linear":
+            inputs.insert(2, len(t["values"]))
         offset = launchers.copy(t["bias"]) if bias else None
         y = poisoned(launchers, tokens, outputs, dtype=self.dtype)
         partial = poisoned(launchers, self.splits, tokens, outputs, dtype=torch.float32)
@@ -210,7 +246,8 @@ class Product(NamedTuple):
             self.tensor_cores,
             self.splits,
             DTYPE_CODES[self.dtype],
-            *addresses(*operands, offset, y, partial if self.splits > 1 else None),
+            *inputs,
+            *addresses(offset, y, partial if self.splits > 1 else None),
             launchers.stream(),
         )
         return y.cpu().clone()

@@ -8,11 +8,14 @@ import pytest
 import torch
 from emulator import EAGER_GREEDY, LAZY, ROOT, SCHEDULES, Emulator, Schedule
 from sparse_checks import (
+    DAMAGED_SHAPE,
     DTYPES,
+    WHOLE_ROWS,
     Launchers,
     assert_same,
     bitmap_pack,
     bitmap_unpack,
+    damaged_bitmaps,
     odd_weight,
     reference,
 )
@@ -50,6 +53,20 @@ def test_nothing_before_the_start_is_touched(emulator: Emulator, launchers: Laun
     packed = bitmap_pack(launchers, weight)
     assert_same(packed, reference.bitmap_pack(weight))
     assert_same((bitmap_unpack(launchers, *packed, 70, 131),), (reference.bitmap_unpack(*packed, 70, 131),))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_damaged_places_lead_nowhere(emulator: Emulator, launchers: Launchers, dtype: torch.dtype) -> None:
+    """Wrong offsets and bits give wrong rows, never a read outside values; rows of other tiles are as they were."""
+    weight = odd_weight(*DAMAGED_SHAPE, dtype, 0.5)
+    values, parts = damaged_bitmaps(weight)
+    right = reference.bitmap_unpack(values, *parts[0], *DAMAGED_SHAPE)
+    for at_end in (True, False):
+        emulator.at_end = at_end
+        for bitmap, offsets in parts:
+            dense = bitmap_unpack(launchers, values, bitmap, offsets, *DAMAGED_SHAPE)
+            for rows in WHOLE_ROWS:
+                assert_same((dense[rows],), (right[rows],))
 
 
 def synchronisations() -> list[int]:
@@ -95,4 +112,4 @@ def test_reading_past_the_end_of_any_input_is_noticed(launchers: Launchers, whic
 
 def test_invalid_arguments_are_refused(launchers: Launchers) -> None:
     with pytest.raises(RuntimeError, match="invalid argument"):
-        launchers.cuda.bitmap_unpack(64, 64, 3, 0, 0, 0, 0, 0)
+        launchers.cuda.bitmap_unpack(64, 64, 3, 0, 0, 0, 0, 0, 0)

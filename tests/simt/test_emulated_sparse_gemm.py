@@ -8,7 +8,19 @@ import re
 import pytest
 import torch
 from emulator import EAGER_GREEDY, LAZY, ROOT, SCHEDULES, Emulator, Schedule
-from sparse_checks import EMPTY_SHAPES, PRODUCTS, SHAPES, Launchers, Product, Shape, nm_weight, reference
+from sparse_checks import (
+    DAMAGED_SHAPE,
+    EMPTY_SHAPES,
+    PRODUCTS,
+    SHAPES,
+    WHOLE_ROWS,
+    Launchers,
+    Product,
+    Shape,
+    damaged_bitmaps,
+    nm_weight,
+    reference,
+)
 from torch import Tensor
 
 from pyprune import ops
@@ -119,14 +131,39 @@ def test_every_missing_barrier_and_wait_is_noticed(
 
 @pytest.mark.parametrize("which", ["x", "values", "metadata", "bitmap", "offsets", "bias"])
 @pytest.mark.parametrize("product", FORMATS, ids=str)
-def test_reading_past_the_end_of_any_input_is_noticed(launchers: Launchers, product: Product, which: str) -> None:
+def test_reading_past_the_end_of_any_input_is_noticed(
+    emulator: Emulator, launchers: Launchers, product: Product, which: str
+) -> None:
     for shape in (Shape(5, 320, 64), Shape(5, 300, 64)):  # Asynchronous copies, and single elements.
         tensors = product.inputs(shape)
         if which not in tensors:
             continue
-        tensors[which] = tensors[which][: -8 if which == "values" and product.op == "bitmap_linear" else -1]
+        kept = tensors[which][: -8 if which == "values" and product.op == "bitmap_linear" else -1]
+
+        def short(tensor: Tensor, whole: Tensor = tensors[which], kept: Tensor = kept) -> Tensor:
+            return emulator.copy(kept if tensor is whole else tensor)
+
+        launchers.copy = short
         with pytest.raises(RuntimeError, match=r"out of bounds access: a buffer of \d+ bytes.*block .*thread"):
             product.run(launchers, shape, tensors)
+
+
+@pytest.mark.parametrize("product", [product for product in PRODUCTS if product.op == "bitmap_linear"], ids=str)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_damaged_places_lead_nowhere(emulator: Emulator, launchers: Launchers, tokens: int, product: Product) -> None:
+    """Wrong offsets and bits give wrong outputs, never a read outside values; those of other tiles are as they were."""
+    outputs, inputs = DAMAGED_SHAPE
+    shape = Shape(tokens, inputs, outputs)
+    tensors = product.inputs(shape)
+    tensors["values"], parts = damaged_bitmaps(tensors["weight"])
+    right = product.run(launchers, shape, tensors)
+    product.check(tensors, right)
+    for at_end in (True, False):
+        emulator.at_end = at_end
+        for tensors["bitmap"], tensors["offsets"] in parts:
+            y = product.run(launchers, shape, tensors)
+            for rows in WHOLE_ROWS:
+                assert torch.equal(y[:, rows], right[:, rows])
 
 
 def test_invalid_arguments_are_refused(emulator: Emulator) -> None:
@@ -141,7 +178,7 @@ def test_invalid_arguments_are_refused(emulator: Emulator) -> None:
         with pytest.raises(RuntimeError, match="invalid argument"):
             emulator.cuda.nm_linear(shape, tensor_cores, splits, dtype, x, x, x, 0, x, 0, 0)
     with pytest.raises(RuntimeError, match="invalid argument"):
-        emulator.cuda.bitmap_linear((1, 64, 64), False, 1, 0, x, x + 4, x, x, 0, x, 0, 0)
+        emulator.cuda.bitmap_linear((1, 64, 64), False, 1, 0, x, x + 4, 64, x, x, 0, x, 0, 0)
 
 
 # The ops of pyprune.ops on these kernels
