@@ -187,7 +187,10 @@ struct BitmapSource {
       ++tile;
     }
 
-    void take(int i, int, T* out) { packed += expand_word(words[i], packed, out); }
+    void take(int i, int, T* out) {
+      __builtin_prefetch(reinterpret_cast<const char*>(packed) + 16384, 0, 2);
+      packed += expand_word(words[i], packed, out);
+    }
 
 #if defined(PYPRUNE_EIGHTS)
     template <typename Use>
@@ -209,7 +212,7 @@ struct BitmapSource {
 // The sources with whole rows take few at a time, because each row is a stream of its own, and longer pieces of them:
 // kManyRows where tokens are many and the products bound them, and where they are few so many as measured best. More
 // than four are streams that the processor does not foresee.
-constexpr int kLongWords = 4, kManyRows = 16, kDenseRows = 4;
+constexpr int kLongWords = 4, kManyRows = 24, kDenseRows = 4;
 #if defined(__AVX512F__)
 constexpr int kNmRows = 16;
 #else
@@ -388,19 +391,20 @@ struct DenseSource : DenseWeight<T> {
   };
 };
 
-// The next chunk as a panel [kRows][64 kWords].
-template <typename T, typename E, typename Walk>
-inline void decode(Walk& walk, int rows, int words, E* panel) {
+// The next chunk into a panel whose rows are `stride` apart.
+template <typename T, typename Source, typename E>
+inline void decode(typename Source::Walk& walk, E* panel, int stride) {
   walk.next();
-  for (int i = 0; i < rows; ++i) {
-    for (int w = 0; w < words; ++w, panel += kWord) {
+  for (int i = 0; i < Source::kRows; ++i) {
+    for (int w = 0; w < Source::kWords; ++w) {
+      E* to = panel + i * stride + w * kWord;
       if constexpr (sizeof(T) == sizeof(E)) {
-        walk.take(i, w, panel);
+        walk.take(i, w, to);
       } else {
         alignas(64) T stored[kWord];
         walk.take(i, w, stored);
 #pragma omp simd
-        for (int j = 0; j < kWord; ++j) panel[j] = to_element<E>(stored[j]);
+        for (int j = 0; j < kWord; ++j) to[j] = to_element<E>(stored[j]);
       }
     }
   }
@@ -477,25 +481,26 @@ inline void dot_chunk(typename Source::Walk& walk, const float* x, int64_t strid
 }
 #endif
 
-constexpr int kTokenBlock = 16;
-constexpr int kMaxBlocks = 4;
-constexpr int kMaxTokens = kTokenBlock * kMaxBlocks;
+constexpr int kTokenBlock = 16, kMaxBlocks = 4;
+constexpr int kGroup = kTokenBlock * kMaxBlocks;  // tokens that a product takes at most
+constexpr int kMaxTokens = 8 * kGroup;            // for which a panel is decoded once
+constexpr int kPanelColumns = kWord * kLongWords;
 
 // kRows rows of multiply_panel, whose sums stay in registers.
-template <int kRows, int kVectors, int kColumns, typename E>
-inline void multiply_rows(const E* panel, const E* x, float* sums) {
+template <int kRows, int kVectors, typename E>
+inline void multiply_rows(const E* panel, int columns, const E* x, float* sums) {
   constexpr int kTokens = kVectors * kLanes;
   Vector values[kRows][kVectors];
 #pragma GCC unroll 24
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) values[r][v] = load(sums + r * kTokens + v * kLanes);
   }
-  for (int c = 0; c < kColumns; c += kStep<E>) {
+  for (int c = 0; c < columns; c += kStep<E>) {
     Operand<E> tokens[kVectors];
     for (int v = 0; v < kVectors; ++v) tokens[v] = load(x + (c / kStep<E> * kTokens + v * kLanes) * kStep<E>);
 #pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
-      const Operand<E> weight = broadcast(panel + r * kColumns + c);
+      const Operand<E> weight = broadcast(panel + r * kPanelColumns + c);
       for (int v = 0; v < kVectors; ++v) values[r][v] = multiply_add(weight, tokens[v], values[r][v]);
     }
   }
@@ -505,19 +510,19 @@ inline void multiply_rows(const E* panel, const E* x, float* sums) {
   }
 }
 
-// sums [rows][16 kBlocks] += panel x^T, for x [columns / step][16 kBlocks][step].
-template <int kBlocks, int kRows, int kColumns, typename E>
-inline void multiply_panel(const E* panel, const E* x, float* sums) {
+// sums [rows][16 kBlocks] += panel x^T, for `columns` of the panel and x [columns / step][16 kBlocks][step].
+template <int kBlocks, int kRows, typename E>
+inline void multiply_panel(const E* panel, int columns, const E* x, float* sums) {
   constexpr int kVectors = kBlocks * kTokenBlock / kLanes;
   constexpr int kRegisters = kLanes == 16 ? 24 : 8;  // for sums: enough to hide the latency of multiply-adds
   constexpr int kAtATime = kRegisters > kVectors ? kRegisters / kVectors : 1;
   constexpr int kRest = kRows % kAtATime;
   for (int i = 0; i + kAtATime <= kRows; i += kAtATime) {
-    multiply_rows<kAtATime, kVectors, kColumns>(panel + i * kColumns, x, sums + i * kBlocks * kTokenBlock);
+    multiply_rows<kAtATime, kVectors>(panel + i * kPanelColumns, columns, x, sums + i * kBlocks * kTokenBlock);
   }
   if constexpr (kRest > 0) {
     constexpr int i = kRows - kRest;
-    multiply_rows<kRest, kVectors, kColumns>(panel + i * kColumns, x, sums + i * kBlocks * kTokenBlock);
+    multiply_rows<kRest, kVectors>(panel + i * kPanelColumns, columns, x, sums + i * kBlocks * kTokenBlock);
   }
 }
 
@@ -564,6 +569,37 @@ struct Output {
     if (bias) sum += to_float(static_cast<const T*>(bias)[out_index ? out_index[row] : row]);
     static_cast<T*>(y)[token * rows + row] = from_float<T>(sum);
   }
+
+  // The same for up to kMost rows from `row` on of `count` tokens, from sums [kMost][padded]: four rows at a time, turned
+  // around in the first-level cache, because single elements so far apart in y cost as much as decoding does.
+  template <typename T, int kMost>
+  void put(int64_t token, int64_t count, int64_t row, const float* sums, int64_t padded) const {
+    constexpr int kFour = 4;
+    static_assert(kMost % kFour == 0, "no rows are left over");
+    for (int64_t first = 0; first < smaller(kMost, rows - row); first += kFour) {
+      const int64_t present = smaller(kFour, rows - row - first);
+      alignas(64) T by_row[kFour * kGroup], by_token[kGroup * kFour];
+      for (int64_t i = 0; i < kFour; ++i) {
+        const int64_t place = row + first + (i < present ? i : 0);
+        const float add = bias ? to_float(static_cast<const T*>(bias)[out_index ? out_index[place] : place]) : 0.0f;
+#pragma omp simd
+        for (int64_t t = 0; t < padded; ++t) {
+          by_row[i * padded + t] = from_float<T>(sums[(first + i) * padded + t] + add);
+        }
+      }
+      for (int64_t t = 0; t < padded; ++t) {
+        for (int i = 0; i < kFour; ++i) by_token[t * kFour + i] = by_row[i * padded + t];
+      }
+      for (int64_t t = 0; t < count; ++t) {
+        T* to = static_cast<T*>(y) + (token + t) * rows + row + first;
+        if (present == kFour) {
+          memcpy(to, by_token + t * kFour, kFour * sizeof(T));
+        } else {
+          for (int64_t i = 0; i < present; ++i) to[i] = by_token[t * kFour + i];
+        }
+      }
+    }
+  }
 };
 
 template <typename T, int kTokens, typename Source, typename E>
@@ -582,7 +618,7 @@ void few_tokens(const Source& source, const E* x, int64_t stride, int64_t tokens
       }
 #endif
       alignas(64) E panel[kRows * kColumns];
-      decode<T>(walk, kRows, Source::kWords, panel);
+      decode<T, Source>(walk, panel, kColumns);
       dot_panel<kTokens, kRows, kColumns>(panel, part, stride, sums);
     }
     for (int64_t i = 0; i < smaller(kRows, out.rows - block * kRows); ++i) {
@@ -593,22 +629,36 @@ void few_tokens(const Source& source, const E* x, int64_t stride, int64_t tokens
   }
 }
 
-template <typename T, int kBlocks, typename Source, typename E>
+// The tokens from `first` on, up to kMaxTokens, as groups of up to kGroup: each has its part of x and of the sums.
+template <typename T, typename Source, typename E>
 void many_tokens(const Source& source, const E* x, int64_t first, int64_t tokens, const Output& out, int threads) {
-  constexpr int kRows = Source::kRows, kColumns = Source::kWords * kWord, kTokens = kBlocks * kTokenBlock;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  constexpr int kRows = Source::kRows, kColumns = Source::kWords * kWord, kChunks = kPanelColumns / kColumns;
+  constexpr int kTogether = kRows < 32 ? 4 : 1;  // blocks that a thread takes in a row: they share cache lines of y
+  const int64_t columns = source.chunks * kColumns;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, kTogether)
   for (int64_t block = 0; block < ceil_div(out.rows, kRows); ++block) {
-    alignas(64) float sums[kRows * kTokens] = {};
+    alignas(64) float sums[kRows * kMaxTokens];
+    memset(sums, 0, sizeof(float) * kRows * ceil_div(tokens, kTokenBlock) * kTokenBlock);
     typename Source::Walk walk(source, block);
-    for (int64_t chunk = 0; chunk < source.chunks; ++chunk) {
-      alignas(64) E panel[kRows * kColumns];
-      decode<T>(walk, kRows, Source::kWords, panel);
-      multiply_panel<kBlocks, kRows, kColumns>(panel, x + chunk * kColumns * kTokens, sums);
-    }
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t i = 0; i < smaller(kRows, out.rows - block * kRows); ++i) {
-        out.template put<T>(first + t, block * kRows + i, sums[i * kTokens + t]);
+    for (int64_t chunk = 0; chunk < source.chunks; chunk += kChunks) {
+      const int present = static_cast<int>(smaller(kChunks, source.chunks - chunk));
+      alignas(64) E panel[kRows * kPanelColumns];
+      for (int c = 0; c < present; ++c) decode<T, Source>(walk, panel + c * kColumns, kPanelColumns);
+      for (int64_t begin = 0; begin < tokens; begin += kGroup) {
+        const int64_t blocks = smaller(kMaxBlocks, ceil_div(tokens - begin, kTokenBlock));
+        const E* part = x + begin * columns + chunk * kColumns * blocks * kTokenBlock;
+        float* to = sums + begin * kRows;
+        switch (blocks) {
+          case 1: multiply_panel<1, kRows>(panel, present * kColumns, part, to); break;
+          case 2: multiply_panel<2, kRows>(panel, present * kColumns, part, to); break;
+          case 3: multiply_panel<3, kRows>(panel, present * kColumns, part, to); break;
+          case kMaxBlocks: multiply_panel<kMaxBlocks, kRows>(panel, present * kColumns, part, to); break;
+        }
       }
+    }
+    for (int64_t begin = 0; begin < tokens; begin += kGroup) {
+      const int64_t count = smaller(kGroup, tokens - begin), padded = ceil_div(count, kTokenBlock) * kTokenBlock;
+      out.template put<T, kRows>(first + begin, count, block * kRows, sums + begin * kRows, padded);
     }
   }
 }
@@ -640,14 +690,13 @@ void linear_many(const Source& source, int64_t tokens, int64_t inputs, const voi
   E* packed = static_cast<E*>(workspace);
   const int64_t columns = source.chunks * Source::kWords * kWord;
   for (int64_t first = 0; first < tokens; first += kMaxTokens) {
-    const int64_t count = smaller(kMaxTokens, tokens - first), blocks = ceil_div(count, kTokenBlock);
-    pack_x(x + first * inputs, count, blocks * kTokenBlock, inputs, places, columns, packed, true, threads);
-    switch (blocks) {
-      case 1: many_tokens<T, 1>(source, packed, first, count, out, threads); break;
-      case 2: many_tokens<T, 2>(source, packed, first, count, out, threads); break;
-      case 3: many_tokens<T, 3>(source, packed, first, count, out, threads); break;
-      case kMaxBlocks: many_tokens<T, kMaxBlocks>(source, packed, first, count, out, threads); break;
+    const int64_t count = smaller(kMaxTokens, tokens - first);
+    for (int64_t begin = 0; begin < count; begin += kGroup) {
+      const int64_t group = smaller(kGroup, count - begin), padded = ceil_div(group, kTokenBlock) * kTokenBlock;
+      pack_x(x + (first + begin) * inputs, group, padded, inputs, places, columns, packed + begin * columns, true,
+             threads);
     }
+    many_tokens<T>(source, packed, first, count, out, threads);
   }
 }
 
