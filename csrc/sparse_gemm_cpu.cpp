@@ -31,13 +31,28 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
+typedef float Eight __attribute__((vector_size(32)));
 
-inline Vector load(const float* from) {
-  Vector value;
+// Eight lanes where tokens do not fill whole vectors.
+template <bool kWhole>
+struct Filled {
+  using Type = Vector;
+};
+template <>
+struct Filled<false> {
+  using Type = Eight;
+};
+
+template <typename V = Vector>
+inline V load(const float* from) {
+  V value;
   memcpy(&value, from, sizeof value);
   return value;
 }
-inline void store(float* to, Vector value) { memcpy(to, &value, sizeof value); }
+template <typename V>
+inline void store(float* to, V value) {
+  memcpy(to, &value, sizeof value);
+}
 inline float add_lanes(Vector value) {
   float sum = 0.0f;
   for (int i = 0; i < kLanes; ++i) sum += value[i];
@@ -49,9 +64,9 @@ template <typename T>
 struct Panel {
   using Element = float;
 };
-template <typename E>
+template <typename V, typename E>
 struct Operands {
-  using Type = Vector;
+  using Type = V;
 };
 #if defined(__AVX512BF16__)
 template <>
@@ -59,12 +74,16 @@ struct Panel<bfloat16> {
   using Element = bfloat16;
 };
 template <>
-struct Operands<bfloat16> {
+struct Operands<Vector, bfloat16> {
   using Type = __m512bh;
 };
+template <>
+struct Operands<Eight, bfloat16> {
+  using Type = __m256bh;
+};
 #endif
-template <typename E>
-using Operand = typename Operands<E>::Type;
+template <typename V, typename E>
+using Operand = typename Operands<V, E>::Type;
 template <typename E>
 constexpr int kStep = sizeof(E) == 2 ? 2 : 1;  // elements of a lane
 
@@ -77,16 +96,30 @@ inline E to_element(T value) {
   }
 }
 
-inline Vector broadcast(const float* from) { return Vector{} + *from; }
-inline Vector multiply_add(Vector a, Vector b, Vector sum) { return sum + a * b; }
+template <typename O>
+inline O broadcast(const float* from) {
+  return O{} + *from;
+}
+template <typename V>
+inline V multiply_add(V a, V b, V sum) {
+  return sum + a * b;
+}
 #if defined(__AVX512BF16__)
-inline __m512bh load(const bfloat16* from) { return (__m512bh)_mm512_loadu_si512(from); }
-inline __m512bh broadcast(const bfloat16* from) {
+template <typename O = __m512bh>
+inline O load(const bfloat16* from) {
+  O value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+template <typename O>
+inline O broadcast(const bfloat16* from) {
   int32_t pair;
   memcpy(&pair, from, sizeof pair);
-  return (__m512bh)_mm512_set1_epi32(pair);
+  if constexpr (sizeof(O) == 64) return (O)_mm512_set1_epi32(pair);
+  if constexpr (sizeof(O) == 32) return (O)_mm256_set1_epi32(pair);
 }
 inline Vector multiply_add(__m512bh a, __m512bh b, Vector sum) { return (Vector)_mm512_dpbf16_ps((__m512)sum, a, b); }
+inline Eight multiply_add(__m256bh a, __m256bh b, Eight sum) { return (Eight)_mm256_dpbf16_ps((__m256)sum, a, b); }
 #endif
 
 // ------------------------------------------------------------------------------------------- where weights come from
@@ -163,6 +196,29 @@ inline void select_eights(uint64_t word, const T* in, Use use) {
 }
 #endif
 
+// The sources with whole rows take few at a time, because each row is a stream of its own, and longer pieces of them:
+// kManyRows where tokens are many and the products bound them, and where they are few so many as measured best. More
+// than four are streams that the processor does not foresee.
+constexpr int kLongWords = 4, kPanelColumns = kWord * kLongWords, kManyRows = 24, kDenseRows = 4;
+#if defined(__AVX512F__)
+constexpr int kNmRows = 16;
+#else
+constexpr int kNmRows = 4;
+#endif
+
+// What the next panel is decoded from, as cache lines. They are asked for one by one while this panel is multiplied, so
+// that reading memory and multiplying go on together; requests in a bunch hold up the loads behind them.
+struct Ahead {
+  static constexpr int kMost = 640;
+  const char* lines[kMost];
+  int count = 0;
+
+  void add(const void* from, int64_t bytes) {
+    const char* line = static_cast<const char*>(from);
+    for (const char* end = line + bytes; line < end && count < kMost; line += 64) lines[count++] = line;
+  }
+};
+
 template <typename T>
 struct BitmapSource {
   static constexpr int kRows = kWord, kWords = 1;
@@ -170,16 +226,18 @@ struct BitmapSource {
   int64_t values_size;
   const uint8_t* bitmap;
   const int64_t* offsets;
-  int64_t chunks;  // tiles side by side
+  int64_t words;  // of a row: tiles side by side
 
   struct Walk {
     const BitmapSource& from;
     int64_t tile;
+    const int64_t last;  // behind this block's
     const T* packed = nullptr;
     uint64_t words[kRows] = {};
     T tail[kWord * kWord + kWord] = {};
 
-    Walk(const BitmapSource& source, int64_t block) : from(source), tile(block * source.chunks) {}
+    Walk(const BitmapSource& source, int64_t block)
+        : from(source), tile(block * source.words), last(tile + source.words) {}
 
     void next() {
       memcpy(words, from.bitmap + tile * sizeof words, sizeof words);
@@ -187,9 +245,21 @@ struct BitmapSource {
       ++tile;
     }
 
-    void take(int i, int, T* out) {
-      __builtin_prefetch(reinterpret_cast<const char*>(packed) + 16384, 0, 2);
-      packed += expand_word(words[i], packed, out);
+    // The lines of the next panel. (Damaged offsets lead to requests that the processor ignores.)
+    void list(Ahead& ahead) const {
+      const int64_t stop = smaller(tile + kLongWords, last), begin = from.offsets[tile];
+      if (stop == tile) return;
+      ahead.add(from.bitmap + tile * sizeof words, (stop - tile) * sizeof words);
+      const int64_t most = (stop - tile) * kWord * kWord;
+      const int64_t count = smaller(from.offsets[stop] - begin, most);
+      ahead.add(from.values + begin, count * sizeof(T));
+    }
+
+    void take_all(T* out, int stride) {
+      next();
+      const T* source = packed;  // a copy: the compiler must expect `out` to change the member
+      for (int i = 0; i < kRows; ++i) source += expand_word(words[i], source, out + i * stride);
+      packed = source;
     }
 
 #if defined(PYPRUNE_EIGHTS)
@@ -209,16 +279,6 @@ struct BitmapSource {
   };
 };
 
-// The sources with whole rows take few at a time, because each row is a stream of its own, and longer pieces of them:
-// kManyRows where tokens are many and the products bound them, and where they are few so many as measured best. More
-// than four are streams that the processor does not foresee.
-constexpr int kLongWords = 4, kManyRows = 24, kDenseRows = 4;
-#if defined(__AVX512F__)
-constexpr int kNmRows = 16;
-#else
-constexpr int kNmRows = 4;
-#endif
-
 // Asks for what a row needs later, `bytes` of it. Into the second-level cache: the first level has few requests at a
 // time. Called for each piece as it is used, since requests in a bunch hold up the loads behind them.
 inline void fetch_ahead(const void* row, int bytes) {
@@ -226,14 +286,15 @@ inline void fetch_ahead(const void* row, int bytes) {
   for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
 }
 
-template <typename T, int kRows_>
+// kFew: up to kDotTokens tokens.
+template <typename T, bool kFew>
 struct NmSource {
-  static constexpr int kRows = kRows_, kWords = kLongWords;
+  static constexpr int kRows = kFew ? kNmRows : kManyRows, kWords = kLongWords;
   const T* values;
   const uint8_t* metadata;
   int64_t rows, columns;
   int n, m;
-  int64_t chunks;
+  int64_t words = ceil_div(columns, kWord);  // of a row
 
   struct Walk {
     const NmSource& from;
@@ -259,7 +320,7 @@ struct NmSource {
     void next() {
       column += kWord * kWords;
       for (int i = 0; i < present; ++i) {
-        fetch_ahead(cursors[i].metadata + column / 8, 1);
+        if (kFew) fetch_ahead(cursors[i].metadata + column / 8, 1);
         if (from.n == 2 && from.m == 4) {
           next_pairs(cursors[i].metadata, words[i]);
         } else {
@@ -277,18 +338,34 @@ struct NmSource {
       }
     }
 
+    void list(Ahead& ahead) const {
+      const int64_t done = column + kPanelColumns, left = smaller(from.columns - done, kPanelColumns);
+      if (left <= 0) return;
+      const int64_t before = done / from.m * from.n * index_bits(from.m) / 8;
+      const int64_t kept = ceil_div(left, from.m) * from.n;
+      for (int i = 0; i < present; ++i) {
+        ahead.add(packed[i] + kWord / 2, kept * sizeof(T));  // so much further this panel has read
+        ahead.add(cursors[i].metadata + before, ceil_div(kept * index_bits(from.m), 8));
+      }
+    }
+
     // Where word w of row i may be read from, by up to 64 elements.
     const T* advance(int i, int w, T (&tail)[2 * kWord]) {
       const int count = ones(words[i][w]);
       const T* source = packed[i];
       packed[i] += count;
-      fetch_ahead(source, kWord / 2 * sizeof(T));
+      if (kFew) fetch_ahead(source, kWord / 2 * sizeof(T));
       return end - source >= kWord ? source : readable(source, 0, end - source, tail);
     }
 
-    void take(int i, int w, T* out) {
-      T tail[2 * kWord];
-      expand_word(words[i][w], advance(i, w, tail), out);
+    void take_all(T* out, int stride) {
+      next();
+      for (int i = 0; i < kRows; ++i) {
+        for (int w = 0; w < kWords; ++w) {
+          T tail[2 * kWord];
+          expand_word(words[i][w], advance(i, w, tail), out + i * stride + w * kWord);
+        }
+      }
     }
 
 #if defined(PYPRUNE_EIGHTS)
@@ -312,16 +389,15 @@ struct NmSource {
 template <typename T>
 struct DenseWeight {
   const T* weight;
-  const uint8_t* mask;       // null: none
-  const int64_t* out_index;  // null: all rows
-  const int64_t* used;       // the columns / 64 that are used, null: all
-  int64_t rows, columns, used_words;
+  const uint8_t* mask;           // null: none
+  const int64_t* out_index;      // null: all rows
+  const int64_t* used;           // the columns / 64 that are used, null: all
+  int64_t rows, columns, words;  // words of a row that are used
 };
 
-template <typename T, int kRows_>
+template <typename T, bool kFew>
 struct DenseSource : DenseWeight<T> {
-  static constexpr int kRows = kRows_, kWords = kLongWords;
-  int64_t chunks;
+  static constexpr int kRows = kFew ? kDenseRows : kManyRows, kWords = kLongWords;
 
   struct Walk {
     const DenseSource& from;
@@ -342,7 +418,7 @@ struct DenseSource : DenseWeight<T> {
 
     void next() {
       for (int w = 0; w < kWords; ++w, ++chunk) {
-        const bool is_used = chunk < from.used_words;
+        const bool is_used = chunk < from.words;
         columns[w] = is_used ? (from.used ? from.used[chunk] : chunk) * kWord : 0;
         widths[w] = is_used ? static_cast<int>(smaller(kWord, from.columns - columns[w])) : 0;
       }
@@ -350,8 +426,18 @@ struct DenseSource : DenseWeight<T> {
 
     const T* start(int i, int w) const {
       const T* place = starts[i] + columns[w];
-      fetch_ahead(place, kWord * sizeof(T));
+      if (kFew) fetch_ahead(place, kWord * sizeof(T));
       return place;
+    }
+
+    void list(Ahead& ahead) const {
+      for (int64_t w = chunk; w < smaller(chunk + kWords, from.words); ++w) {
+        const int64_t column = (from.used ? from.used[w] : w) * kWord, width = smaller(kWord, from.columns - column);
+        for (int i = 0; i < kRows; ++i) {
+          ahead.add(starts[i] + column, width * sizeof(T));
+          if (from.mask && w % 8 == 0) ahead.add(masks[i] + column / 8, 1);
+        }
+      }
     }
 
     // The elements of a word that exist and count.
@@ -359,6 +445,13 @@ struct DenseSource : DenseWeight<T> {
       const uint64_t all = widths[w] ? ~uint64_t{0} >> (kWord - widths[w]) : 0;
       if (!from.mask || !all) return all;
       return load_word(masks[i] + columns[w] / 8, mask_bytes - columns[w] / 8) & all;
+    }
+
+    void take_all(T* out, int stride) {
+      next();
+      for (int i = 0; i < kRows; ++i) {
+        for (int w = 0; w < kWords; ++w) take(i, w, out + i * stride + w * kWord);
+      }
     }
 
     void take(int i, int w, T* out) const {
@@ -391,21 +484,23 @@ struct DenseSource : DenseWeight<T> {
   };
 };
 
+template <typename Source>
+inline int64_t chunks_of(const Source& source) {
+  return ceil_div(source.words, Source::kWords);
+}
+
 // The next chunk into a panel whose rows are `stride` apart.
 template <typename T, typename Source, typename E>
 inline void decode(typename Source::Walk& walk, E* panel, int stride) {
-  walk.next();
-  for (int i = 0; i < Source::kRows; ++i) {
-    for (int w = 0; w < Source::kWords; ++w) {
-      E* to = panel + i * stride + w * kWord;
-      if constexpr (sizeof(T) == sizeof(E)) {
-        walk.take(i, w, to);
-      } else {
-        alignas(64) T stored[kWord];
-        walk.take(i, w, stored);
+  if constexpr (sizeof(T) == sizeof(E)) {
+    walk.take_all(panel, stride);
+  } else {
+    constexpr int kColumns = Source::kWords * kWord;
+    alignas(64) T stored[Source::kRows * kColumns];
+    walk.take_all(stored, kColumns);
+    for (int i = 0; i < Source::kRows; ++i) {
 #pragma omp simd
-        for (int j = 0; j < kWord; ++j) to[j] = to_element<E>(stored[j]);
-      }
+      for (int j = 0; j < kColumns; ++j) panel[i * stride + j] = to_element<E>(stored[i * kColumns + j]);
     }
   }
 }
@@ -481,77 +576,121 @@ inline void dot_chunk(typename Source::Walk& walk, const float* x, int64_t strid
 }
 #endif
 
-constexpr int kTokenBlock = 16, kMaxBlocks = 4;
-constexpr int kGroup = kTokenBlock * kMaxBlocks;  // tokens that a product takes at most
-constexpr int kMaxTokens = 8 * kGroup;            // for which a panel is decoded once
-constexpr int kPanelColumns = kWord * kLongWords;
+constexpr int kGroup = kLanes == 16 ? 64 : 16;      // tokens that a product takes at most
+constexpr int kMaxTokens = 32 * kLanes;             // for which a panel is decoded once
+constexpr int kRegisters = kLanes == 16 ? 24 : 12;  // for sums: enough to hide the latency of multiply-adds
+
+// Up to kGroup tokens, filled up.
+inline int64_t padded_tokens(int64_t tokens) {
+  const int64_t unit = tokens <= kGroup / 2 ? 8 : 16;
+  return ceil_div(tokens, unit) * unit;
+}
+
+template <int kTokens>
+struct Constant {
+  static constexpr int value = kTokens;
+};
+
+// use(Constant<padded>).
+template <typename Use>
+inline void by_tokens(int64_t padded, Use use) {
+  if constexpr (kGroup == 64) {
+    switch (padded) {
+      case 24: return use(Constant<24>());
+      case 32: return use(Constant<32>());
+      case 48: return use(Constant<48>());
+      case 64: return use(Constant<64>());
+    }
+  }
+  return padded == 8 ? use(Constant<8>()) : use(Constant<16>());
+}
+
+// Walks through the lines of the next panel at the pace of the products with this one.
+struct Fetch {
+  const char* const* lines;
+  uint32_t place, pace;  // 1/256 of a line
+
+  void next() {
+    __builtin_prefetch(lines[place / 256], 0, 2);  // into the second-level cache
+    place += pace;
+  }
+};
 
 // kRows rows of multiply_panel, whose sums stay in registers.
-template <int kRows, int kVectors, typename E>
-inline void multiply_rows(const E* panel, int columns, const E* x, float* sums) {
-  constexpr int kTokens = kVectors * kLanes;
-  Vector values[kRows][kVectors];
+template <int kRows, int kVectors, typename V, typename E>
+inline void multiply_rows(const E* panel, int columns, const E* x, float* sums, Fetch& fetch) {
+  constexpr int kLanesOf = sizeof(V) / sizeof(float), kTokens = kVectors * kLanesOf;
+  using Operand = Operand<V, E>;
+  V values[kRows][kVectors];
 #pragma GCC unroll 24
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) values[r][v] = load(sums + r * kTokens + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) values[r][v] = load<V>(sums + r * kTokens + v * kLanesOf);
   }
   for (int c = 0; c < columns; c += kStep<E>) {
-    Operand<E> tokens[kVectors];
-    for (int v = 0; v < kVectors; ++v) tokens[v] = load(x + (c / kStep<E> * kTokens + v * kLanes) * kStep<E>);
+    Operand tokens[kVectors];
+    for (int v = 0; v < kVectors; ++v) tokens[v] = load<Operand>(x + c * kTokens + v * kLanesOf * kStep<E>);
+    fetch.next();
 #pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
-      const Operand<E> weight = broadcast(panel + r * kPanelColumns + c);
+      const Operand weight = broadcast<Operand>(panel + r * kPanelColumns + c);
       for (int v = 0; v < kVectors; ++v) values[r][v] = multiply_add(weight, tokens[v], values[r][v]);
     }
   }
 #pragma GCC unroll 24
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) store(sums + r * kTokens + v * kLanes, values[r][v]);
+    for (int v = 0; v < kVectors; ++v) store(sums + r * kTokens + v * kLanesOf, values[r][v]);
   }
 }
 
-// sums [rows][16 kBlocks] += panel x^T, for `columns` of the panel and x [columns / step][16 kBlocks][step].
-template <int kBlocks, int kRows, typename E>
-inline void multiply_panel(const E* panel, int columns, const E* x, float* sums) {
-  constexpr int kVectors = kBlocks * kTokenBlock / kLanes;
-  constexpr int kRegisters = kLanes == 16 ? 24 : 8;  // for sums: enough to hide the latency of multiply-adds
+// sums [rows][kTokens] += panel x^T, for `columns` of the panel and x [columns / step][kTokens][step].
+template <int kTokens, int kRows, typename E>
+inline void multiply_panel(const E* panel, int columns, const E* x, float* sums, const Ahead& ahead) {
+  using V = typename Filled<kTokens % kLanes == 0>::Type;
+  constexpr int kVectors = kTokens * sizeof(float) / sizeof(V);
   constexpr int kAtATime = kRegisters > kVectors ? kRegisters / kVectors : 1;
   constexpr int kRest = kRows % kAtATime;
+  const int steps = (kRows / kAtATime + (kRest > 0)) * columns / kStep<E>;
+  Fetch fetch{ahead.lines, 0, static_cast<uint32_t>(ahead.count - 1) * 256 / static_cast<uint32_t>(steps)};
   for (int i = 0; i + kAtATime <= kRows; i += kAtATime) {
-    multiply_rows<kAtATime, kVectors>(panel + i * kPanelColumns, columns, x, sums + i * kBlocks * kTokenBlock);
+    multiply_rows<kAtATime, kVectors, V>(panel + i * kPanelColumns, columns, x, sums + i * kTokens, fetch);
   }
   if constexpr (kRest > 0) {
     constexpr int i = kRows - kRest;
-    multiply_rows<kRest, kVectors>(panel + i * kPanelColumns, columns, x, sums + i * kBlocks * kTokenBlock);
+    multiply_rows<kRest, kVectors, V>(panel + i * kPanelColumns, columns, x, sums + i * kTokens, fetch);
   }
 }
 
 // --------------------------------------------------------------------------------------------------------- the driver
 
-constexpr int kDotTokens = 8;  // fewer are filled up with zeros to a power of two
+constexpr int kDotTokens = 4;  // fewer are filled up with zeros to a power of two
 
-// x as the products read it, filled up with zeros to `padded` tokens and to whole panels, which have `columns` columns:
-// column c of them is column places[c] of x, none for -1, or c itself without places.
-template <typename T, typename E>
-void pack_x(const T* x, int64_t tokens, int64_t padded, int64_t inputs, const int64_t* places, int64_t columns,
-            E* packed, bool transposed, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t begin = 0; begin < columns; begin += kWord) {
-    for (int64_t t = 0; t < padded; ++t) {
-      E part[kWord] = {};
-      if (t < tokens && places) {
-        for (int j = 0; j < kWord; ++j) {
-          if (places[begin + j] >= 0) part[j] = to_element<E>(x[t * inputs + places[begin + j]]);
+// x [tokens,inputs] as the products read it: as groups of up to `group` tokens, each filled up with zeros to padded(t)
+// tokens and to whole panels, which have `columns` columns. Column c of them is column places[c] of x, none for -1, or
+// c itself without places.
+template <bool kTransposed, typename T, typename E, typename Padded>
+void pack_x(const T* x, int64_t tokens, int64_t group, Padded padded_of, int64_t inputs, const int64_t* places,
+            int64_t columns, E* packed, int threads) {
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+  for (int64_t first = 0; first < tokens; first += group) {
+    for (int64_t begin = 0; begin < columns; begin += kWord) {
+      const int64_t count = smaller(group, tokens - first), padded = padded_of(count);
+      for (int64_t t = 0; t < padded; ++t) {
+        const T* from = x + (first + t) * inputs;
+        E part[kWord] = {};
+        if (t < count && places) {
+          for (int j = 0; j < kWord; ++j) {
+            if (places[begin + j] >= 0) part[j] = to_element<E>(from[places[begin + j]]);
+          }
+        } else if (t < count) {
+          const int64_t width = smaller(kWord, inputs - begin);
+          for (int64_t j = 0; j < width; ++j) part[j] = to_element<E>(from[begin + j]);
         }
-      } else if (t < tokens) {
-        const int64_t width = smaller(kWord, inputs - begin);
-        for (int64_t j = 0; j < width; ++j) part[j] = to_element<E>(x[t * inputs + begin + j]);
-      }
-      if (transposed) {
-        E* to = packed + begin * padded + t * kStep<E>;
-        for (int j = 0; j < kWord; j += kStep<E>) memcpy(to + j * padded, part + j, kStep<E> * sizeof(E));
-      } else {
-        memcpy(packed + t * columns + begin, part, sizeof part);
+        if constexpr (kTransposed) {
+          E* to = packed + first * columns + begin * padded + t * kStep<E>;
+          for (int j = 0; j < kWord; j += kStep<E>) memcpy(to + j * padded, part + j, kStep<E> * sizeof(E));
+        } else {
+          memcpy(packed + t * columns + begin, part, sizeof part);
+        }
       }
     }
   }
@@ -570,17 +709,19 @@ struct Output {
     static_cast<T*>(y)[token * rows + row] = from_float<T>(sum);
   }
 
-  // The same for up to kMost rows from `row` on of `count` tokens, from sums [kMost][padded]: four rows at a time, turned
-  // around in the first-level cache, because single elements so far apart in y cost as much as decoding does.
+  // The same for up to kMost rows from `row` on of `count` tokens, from sums [kMost][padded]. They are turned around in
+  // the first-level cache, four rows at a time, which the compiler makes shuffles of: single elements, so far apart in
+  // y, took as long as decoding.
   template <typename T, int kMost>
   void put(int64_t token, int64_t count, int64_t row, const float* sums, int64_t padded) const {
     constexpr int kFour = 4;
     static_assert(kMost % kFour == 0, "no rows are left over");
-    for (int64_t first = 0; first < smaller(kMost, rows - row); first += kFour) {
-      const int64_t present = smaller(kFour, rows - row - first);
-      alignas(64) T by_row[kFour * kGroup], by_token[kGroup * kFour];
+    const int64_t present = smaller(kMost, rows - row);
+    alignas(64) T by_token[kGroup * kMost];
+    for (int64_t first = 0; first < present; first += kFour) {
+      alignas(64) T by_row[kFour * kGroup], across[kGroup * kFour];
       for (int64_t i = 0; i < kFour; ++i) {
-        const int64_t place = row + first + (i < present ? i : 0);
+        const int64_t place = row + smaller(first + i, present - 1);
         const float add = bias ? to_float(static_cast<const T*>(bias)[out_index ? out_index[place] : place]) : 0.0f;
 #pragma omp simd
         for (int64_t t = 0; t < padded; ++t) {
@@ -588,15 +729,18 @@ struct Output {
         }
       }
       for (int64_t t = 0; t < padded; ++t) {
-        for (int i = 0; i < kFour; ++i) by_token[t * kFour + i] = by_row[i * padded + t];
+        for (int i = 0; i < kFour; ++i) across[t * kFour + i] = by_row[i * padded + t];
       }
-      for (int64_t t = 0; t < count; ++t) {
-        T* to = static_cast<T*>(y) + (token + t) * rows + row + first;
-        if (present == kFour) {
-          memcpy(to, by_token + t * kFour, kFour * sizeof(T));
-        } else {
-          for (int64_t i = 0; i < present; ++i) to[i] = by_token[t * kFour + i];
-        }
+      for (int64_t t = 0; t < padded; ++t) {
+        memcpy(by_token + t * kMost + first, across + t * kFour, kFour * sizeof(T));
+      }
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      T* to = static_cast<T*>(y) + (token + t) * rows + row;
+      if (present == kMost) {
+        memcpy(to, by_token + t * kMost, kMost * sizeof(T));
+      } else {
+        memcpy(to, by_token + t * kMost, static_cast<size_t>(present) * sizeof(T));
       }
     }
   }
@@ -609,7 +753,7 @@ void few_tokens(const Source& source, const E* x, int64_t stride, int64_t tokens
   for (int64_t block = 0; block < ceil_div(out.rows, kRows); ++block) {
     alignas(64) float sums[kRows * kTokens * kLanes] = {};
     typename Source::Walk walk(source, block);
-    for (int64_t chunk = 0; chunk < source.chunks; ++chunk) {
+    for (int64_t chunk = 0; chunk < chunks_of(source); ++chunk) {
       const E* part = x + chunk * kColumns;
 #if defined(__AVX512BF16__) || defined(PYPRUNE_EIGHTS)
       if constexpr (sizeof(E) == 2 || kLanes == 8) {
@@ -634,31 +778,34 @@ template <typename T, typename Source, typename E>
 void many_tokens(const Source& source, const E* x, int64_t first, int64_t tokens, const Output& out, int threads) {
   constexpr int kRows = Source::kRows, kColumns = Source::kWords * kWord, kChunks = kPanelColumns / kColumns;
   constexpr int kTogether = kRows < 32 ? 4 : 1;  // blocks that a thread takes in a row: they share cache lines of y
-  const int64_t columns = source.chunks * kColumns;
+  const int64_t chunks = chunks_of(source), columns = chunks * kColumns;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, kTogether)
   for (int64_t block = 0; block < ceil_div(out.rows, kRows); ++block) {
     alignas(64) float sums[kRows * kMaxTokens];
-    memset(sums, 0, sizeof(float) * kRows * ceil_div(tokens, kTokenBlock) * kTokenBlock);
+    memset(sums, 0, sizeof(float) * kRows * kGroup * ceil_div(tokens, kGroup));
     typename Source::Walk walk(source, block);
-    for (int64_t chunk = 0; chunk < source.chunks; chunk += kChunks) {
-      const int present = static_cast<int>(smaller(kChunks, source.chunks - chunk));
+    for (int64_t chunk = 0; chunk < chunks; chunk += kChunks) {
+      const int present = static_cast<int>(smaller(kChunks, chunks - chunk));
+      const int width = static_cast<int>(smaller(kPanelColumns, source.words * kWord - chunk * kColumns));
       alignas(64) E panel[kRows * kPanelColumns];
       for (int c = 0; c < present; ++c) decode<T, Source>(walk, panel + c * kColumns, kPanelColumns);
+      Ahead ahead;
+      ahead.add(panel, 1);  // the only one where nothing follows
+      walk.list(ahead);
       for (int64_t begin = 0; begin < tokens; begin += kGroup) {
-        const int64_t blocks = smaller(kMaxBlocks, ceil_div(tokens - begin, kTokenBlock));
-        const E* part = x + begin * columns + chunk * kColumns * blocks * kTokenBlock;
+        const int64_t padded = padded_tokens(smaller(kGroup, tokens - begin));
+        const E* part = x + begin * columns + chunk * kColumns * padded;
         float* to = sums + begin * kRows;
-        switch (blocks) {
-          case 1: multiply_panel<1, kRows>(panel, present * kColumns, part, to); break;
-          case 2: multiply_panel<2, kRows>(panel, present * kColumns, part, to); break;
-          case 3: multiply_panel<3, kRows>(panel, present * kColumns, part, to); break;
-          case kMaxBlocks: multiply_panel<kMaxBlocks, kRows>(panel, present * kColumns, part, to); break;
-        }
+        const auto multiply = [&](auto tokens_) {
+          multiply_panel<tokens_.value, kRows>(panel, width, part, to, ahead);
+        };
+        by_tokens(padded, multiply);
+        ahead.count = 1;
       }
     }
     for (int64_t begin = 0; begin < tokens; begin += kGroup) {
-      const int64_t count = smaller(kGroup, tokens - begin), padded = ceil_div(count, kTokenBlock) * kTokenBlock;
-      out.template put<T, kRows>(first + begin, count, block * kRows, sums + begin * kRows, padded);
+      const int64_t count = smaller(kGroup, tokens - begin);
+      out.template put<T, kRows>(first + begin, count, block * kRows, sums + begin * kRows, padded_tokens(count));
     }
   }
 }
@@ -669,14 +816,17 @@ void linear_few(const Source& source, int64_t tokens, int64_t inputs, const void
                 const Output& out, void* workspace, int threads) {
   using E = typename Panel<T>::Element;
   E* packed = static_cast<E*>(workspace);
-  const int64_t columns = source.chunks * Source::kWords * kWord;
-  const int64_t padded = tokens <= 2 ? tokens : tokens <= 4 ? 4 : kDotTokens;
-  pack_x(static_cast<const T*>(x), tokens, padded, inputs, places, columns, packed, false, threads);
+  const int64_t columns = chunks_of(source) * Source::kWords * kWord;
+  const int64_t padded = tokens <= 2 ? tokens : tokens <= 4 ? 4 : 8;
+  const auto fill = [=](int64_t) { return padded; };
+  pack_x<false>(static_cast<const T*>(x), tokens, tokens, fill, inputs, places, columns, packed, threads);
   switch (padded) {
     case 1: return few_tokens<T, 1>(source, packed, columns, tokens, out, threads);
     case 2: return few_tokens<T, 2>(source, packed, columns, tokens, out, threads);
     case 4: return few_tokens<T, 4>(source, packed, columns, tokens, out, threads);
-    case kDotTokens: return few_tokens<T, kDotTokens>(source, packed, columns, tokens, out, threads);
+#if !defined(__AVX512BF16__)
+    case 8: return few_tokens<T, 8>(source, packed, columns, tokens, out, threads);
+#endif
     default: return;
   }
 }
@@ -688,20 +838,13 @@ void linear_many(const Source& source, int64_t tokens, int64_t inputs, const voi
   using E = typename Panel<T>::Element;
   const T* x = static_cast<const T*>(x_);
   E* packed = static_cast<E*>(workspace);
-  const int64_t columns = source.chunks * Source::kWords * kWord;
+  const int64_t columns = chunks_of(source) * Source::kWords * kWord;
   for (int64_t first = 0; first < tokens; first += kMaxTokens) {
     const int64_t count = smaller(kMaxTokens, tokens - first);
-    for (int64_t begin = 0; begin < count; begin += kGroup) {
-      const int64_t group = smaller(kGroup, count - begin), padded = ceil_div(group, kTokenBlock) * kTokenBlock;
-      pack_x(x + (first + begin) * inputs, group, padded, inputs, places, columns, packed + begin * columns, true,
-             threads);
-    }
+    pack_x<true>(x + first * inputs, count, kGroup, padded_tokens, inputs, places, columns, packed, threads);
     many_tokens<T>(source, packed, first, count, out, threads);
   }
 }
-
-// Chunks of the sources with whole rows.
-inline int64_t long_chunks(int64_t words) { return ceil_div(words, kLongWords); }
 
 template <typename T>
 void bitmap_linear(int64_t tokens, int64_t out_features, int64_t in_features, const void* x, const void* values,
@@ -717,26 +860,24 @@ void bitmap_linear(int64_t tokens, int64_t out_features, int64_t in_features, co
 template <typename T>
 void nm_linear(int64_t tokens, int64_t out_features, int64_t in_features, int n, int m, const void* x,
                const void* values, const uint8_t* metadata, const void* bias, void* y, void* workspace, int threads) {
-  const int64_t chunks = long_chunks(ceil_div(in_features, kWord));
   const Output out{out_features, bias, nullptr, y};
   const T* packed = static_cast<const T*>(values);
   if (tokens <= kDotTokens) {
-    const NmSource<T, kNmRows> source{packed, metadata, out_features, in_features, n, m, chunks};
+    const NmSource<T, true> source{packed, metadata, out_features, in_features, n, m};
     return linear_few<T>(source, tokens, in_features, x, nullptr, out, workspace, threads);
   }
-  const NmSource<T, kManyRows> source{packed, metadata, out_features, in_features, n, m, chunks};
+  const NmSource<T, false> source{packed, metadata, out_features, in_features, n, m};
   linear_many<T>(source, tokens, in_features, x, nullptr, out, workspace, threads);
 }
 
 template <typename T>
 void dense_linear(const DenseWeight<T>& weight, int64_t tokens, int64_t inputs, const void* x, const int64_t* places,
                   const Output& out, void* workspace, int threads) {
-  const int64_t chunks = long_chunks(weight.used_words);
   if (tokens <= kDotTokens) {
-    const DenseSource<T, kDenseRows> source{weight, chunks};
+    const DenseSource<T, true> source{weight};
     return linear_few<T>(source, tokens, inputs, x, places, out, workspace, threads);
   }
-  const DenseSource<T, kManyRows> source{weight, chunks};
+  const DenseSource<T, false> source{weight};
   linear_many<T>(source, tokens, inputs, x, places, out, workspace, threads);
 }
 
@@ -783,14 +924,14 @@ void gathered_linear(int64_t tokens, int64_t outputs, int64_t inputs, int64_t in
     places = static_cast<int64_t*>(workspace);
     int64_t* words = places + padded_columns(in_features);
     workspace = words + ceil_div(in_features, kWord * 8) * 8;  // x stays aligned
-    part.used_words = place_columns(in_index, inputs, words, places);
+    part.words = place_columns(in_index, inputs, words, places);
     part.used = words;
   }
   dense_linear(part, tokens, inputs, x, places, {outputs, bias, out_index, y}, workspace, threads);
 }
 
 int64_t workspace(int64_t tokens, int64_t in_features) {
-  const int64_t padded = smaller(kMaxTokens, ceil_div(tokens, kTokenBlock) * kTokenBlock);
+  const int64_t padded = smaller(kMaxTokens, ceil_div(tokens, kGroup) * kGroup);
   const int64_t x = padded * padded_columns(in_features) * 4;
   const int64_t index = (padded_columns(in_features) + ceil_div(in_features, kWord * 8) * 8) * 8;
   return x + index;

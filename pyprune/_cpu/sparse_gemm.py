@@ -1,12 +1,13 @@
-"""The `sparse_gemm` family: csrc/sparse_gemm_cpu.h for few tokens, expanded rows and torch's product for more.
+"""The `sparse_gemm` family: csrc/sparse_gemm_cpu.h, or expanded rows and torch's product where that is faster.
 
-Expanding costs one pass over the weight, whatever the number of tokens; torch's products (oneDNN) run faster than the
-kernels where they are bound by arithmetic. `FEW_TOKENS` is where the two cross, measured: docs/kernels.md. Where torch
-has only plain loops for a 16-bit type (bf16 without AVX-512, for one), rows are expanded to fp32 and multiplied so.
+Expanding costs one pass over the weight, whatever the number of tokens; with many of them, a library that has better
+instructions, or more registers, wins. `few_tokens` is where the two cross, measured: docs/kernels.md. Where torch has
+only plain loops for a 16-bit type (bf16 without AVX-512, for one), rows are expanded to fp32 and multiplied so.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 
@@ -18,8 +19,14 @@ from pyprune._cpu.bitmap import Bitmap, check_end
 from pyprune._cpu.common import DTYPE_CODES, address
 from pyprune._cpu.nm import Nm
 
-FEW_TOKENS = {torch.bfloat16: 64, torch.float16: 16, torch.float32: 16}
-"""The most tokens for which the kernels run, by the dtype that torch would multiply in."""
+MOST_TOKENS = {
+    ("avx512_bf16", torch.bfloat16): sys.maxsize,
+    ("avx512_bf16", torch.float32): sys.maxsize,
+    ("avx512", torch.float32): sys.maxsize,
+    ("avx2", torch.float32): 256,
+}
+"""The most tokens for which the kernels run, by their instruction set and the dtype that torch would multiply in."""
+OTHERWISE = {torch.bfloat16: 64, torch.float16: 16, torch.float32: 16}
 BLOCK_BYTES = 4 * 1024 * 1024
 """Rows that are expanded at a time: they stay in the cache until torch has multiplied by them."""
 ROWS_OF_TILES = 64
@@ -35,13 +42,21 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if supported else torch.float32
 
 
-def few_tokens(dtype: torch.dtype) -> int:
-    """The most tokens for which the kernels run on a weight of `dtype`."""
-    return FEW_TOKENS[product_dtype(dtype)]
+@cache
+def few_tokens(isa: str, dtype: torch.dtype) -> int:
+    """The most tokens for which the kernels of an instruction set run on a weight of `dtype`."""
+    product = product_dtype(dtype)
+    if product == torch.bfloat16 and torch.cpu._is_amx_tile_supported():  # which torch has, and the kernels have not
+        return OTHERWISE[product]
+    return MOST_TOKENS.get((isa, product), OTHERWISE[product])
 
 
 class SparseGemm(Bitmap, Nm):
     """The family's ops."""
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether the kernels are the faster way for these tokens."""
+        return len(x) <= few_tokens(self.kernels.isa(), x.dtype)
 
     def bitmap_linear(
         self,
@@ -54,7 +69,7 @@ class SparseGemm(Bitmap, Nm):
         in_features: int,
     ) -> Tensor:
         check_end("bitmap_linear", values, offsets)
-        if len(x) > few_tokens(x.dtype):
+        if not self._takes(x):
 
             def expand(first: int, rows: Tensor) -> None:
                 self._unpack_rows(values, bitmap, offsets, first // ROWS_OF_TILES, rows)
@@ -79,7 +94,7 @@ class SparseGemm(Bitmap, Nm):
         return y
 
     def nm_linear(self, x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-        if len(x) > few_tokens(x.dtype):
+        if not self._takes(x):
 
             def expand(first: int, rows: Tensor) -> None:
                 part = slice(first, first + len(rows))
@@ -105,7 +120,7 @@ class SparseGemm(Bitmap, Nm):
         return y
 
     def masked_linear(self, x: Tensor, weight: Tensor, mask_bits: Tensor, bias: Tensor | None) -> Tensor:
-        if len(x) > few_tokens(x.dtype):
+        if not self._takes(x):
 
             def expand(first: int, rows: Tensor) -> None:
                 part = slice(first, first + len(rows))
@@ -133,7 +148,7 @@ class SparseGemm(Bitmap, Nm):
     def gathered_linear(
         self, x: Tensor, weight: Tensor, in_index: Tensor | None, out_index: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        if len(x) > few_tokens(x.dtype) or (in_index is None and out_index is None):
+        if not self._takes(x) or (in_index is None and out_index is None):
             kept = weight if out_index is None else weight.index_select(0, out_index)
             kept_bias = bias if bias is None or out_index is None else bias.index_select(0, out_index)
             return linear(x, kept if in_index is None else kept.index_select(1, in_index), kept_bias)

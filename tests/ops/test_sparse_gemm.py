@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -26,16 +27,19 @@ SHAPES = [
     (9, 17, 257),
     (16, 70, 511),
     (33, 130, 96),
+    (24, 30, 300),
     (63, 5, 300),
     (65, 3, 70),
+    (150, 70, 600),
     (0, 8, 8),
 ]
 Op = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set this machine runs."""
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each instruction set this machine runs, by the kernels for any number of tokens."""
+    monkeypatch.setattr(sparse_gemm, "few_tokens", lambda isa, dtype: sys.maxsize)
     with using_isa(request.param):
         yield request.param
 
@@ -124,6 +128,7 @@ def test_kernels_are_as_exact_as_torch(case: str, dtype: torch.dtype, isa: str) 
 def test_many_tokens_multiply_in_either_type(case: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of expanded rows, whichever this processor would take; two blocks of rows, the last one cut short."""
     monkeypatch.setattr(sparse_gemm, "product_dtype", lambda dtype: torch.float32 if wide else dtype)
+    monkeypatch.setattr(sparse_gemm, "few_tokens", lambda isa, dtype: 16)
     monkeypatch.setattr(sparse_gemm, "BLOCK_BYTES", 0)
     for dtype in (torch.bfloat16, torch.float16):
         x, weight, bias = inputs(80, 130, 96, dtype)
@@ -151,7 +156,7 @@ def test_gathered_channels(dtype: torch.dtype, isa: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 40, 200])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 24, 40, 200, 530])
 @pytest.mark.parametrize("case", ["nm 2:4", "bitmap 50%", "masked"])
 def test_integers_are_exact(case: str, tokens: int, isa: str) -> None:
     """Sums of small integers are exact in every order: any element in a wrong place shows."""
@@ -325,7 +330,7 @@ def test_arguments_are_checked() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_damaged_places_lead_nowhere(dtype: torch.dtype, isa: str) -> None:
+def test_damaged_places_lead_nowhere(dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong offsets and bits give wrong rows, never a read outside values; rows of other tiles are as they were."""
     weight = torch.randn(192, 320).to(dtype)
     weight[torch.rand_like(weight.float()) < 0.5] = 0
@@ -333,6 +338,7 @@ def test_damaged_places_lead_nowhere(dtype: torch.dtype, isa: str) -> None:
     everything = bitmap.clone()
     everything[5:10] = 255  # of the second of three rows of tiles
     for tokens in (1, 20, 100):  # in registers, by a panel, and expanded
+        monkeypatch.setattr(sparse_gemm, "few_tokens", lambda isa, dtype: 20)
         x = torch.randn(tokens, 320).to(dtype)
         right = ops.bitmap_linear(x, values, bitmap, offsets, 192, 320)
         y = ops.bitmap_linear(x, values, everything, offsets, 192, 320)
