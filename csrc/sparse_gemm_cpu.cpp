@@ -3,13 +3,15 @@
 // One token is bound by memory: a weight of 16 bits costs 2 (1-s) + 0.127 bytes as a bitmap and 1.125 as 2:4, against 2
 // dense. A core that reads 35 GB/s passes 64 elements at 50 % in about 8 cycles, so a word of 64 may cost no more: two
 // loads, two vpexpandw and, for every token, two vdpbf16ps. From about 8 tokens on the products bound it, for dense
-// weights as well: 32 multiply-adds a cycle, and decoding is shared by all tokens.
+// weights as well: 32 multiply-adds a cycle, so 2 cycles a word and token, and decoding a word to memory (about 12) is
+// shared by all tokens.
 //
-// A thread takes a block of rows and walks its columns panel by panel (4096 elements). Three ways through a panel:
-// - decode and multiply in registers, up to kDotTokens tokens, bf16 with AVX-512 BF16 and all types with AVX2: the sums
-//   of a row and token are a vector in the first-level cache, added up across its lanes at the end.
-// - decode to a panel in the first-level cache, then the same.
-// - more tokens: decode to a panel, then a small product with 16 tokens to a vector and weights broadcast.
+// A thread takes a block of rows and walks its columns. Three ways through them:
+// - up to kDotTokens tokens, bf16 with AVX-512 BF16 and all types with AVX2: decode and multiply in registers, chunk by
+//   chunk; the sums of a row and token are a vector in the first-level cache, added up across its lanes at the end.
+// - the same tokens, other types: decode to a panel in the first-level cache, then the same.
+// - more: decode to a panel of 256 columns, then small products with 16 tokens to a vector and weights broadcast, for
+//   which a row's sums are loaded and stored once a panel. Meanwhile what the next panel needs is on its way.
 // The elements of a panel are bf16 with AVX-512 BF16, fp32 otherwise. Each sum has one order, given by the shape.
 #include "sparse_gemm_cpu.h"
 
@@ -245,14 +247,12 @@ struct BitmapSource {
       ++tile;
     }
 
-    // The lines of the next panel. (Damaged offsets lead to requests that the processor ignores.)
+    // The lines of the next panel.
     void list(Ahead& ahead) const {
-      const int64_t stop = smaller(tile + kLongWords, last), begin = from.offsets[tile];
-      if (stop == tile) return;
+      const int64_t stop = smaller(tile + kLongWords, last), begin = from.offsets[tile], end = from.offsets[stop];
+      if (stop == tile || begin < 0 || end < begin || end > from.values_size) return;
       ahead.add(from.bitmap + tile * sizeof words, (stop - tile) * sizeof words);
-      const int64_t most = (stop - tile) * kWord * kWord;
-      const int64_t count = smaller(from.offsets[stop] - begin, most);
-      ahead.add(from.values + begin, count * sizeof(T));
+      ahead.add(from.values + begin, (end - begin) * sizeof(T));
     }
 
     void take_all(T* out, int stride) {
@@ -286,7 +286,7 @@ inline void fetch_ahead(const void* row, int bytes) {
   for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
 }
 
-// kFew: up to kDotTokens tokens.
+// kFew: for up to kDotTokens tokens, whose time is that of reading: they ask for what comes far ahead as they go.
 template <typename T, bool kFew>
 struct NmSource {
   static constexpr int kRows = kFew ? kNmRows : kManyRows, kWords = kLongWords;
@@ -586,23 +586,23 @@ inline int64_t padded_tokens(int64_t tokens) {
   return ceil_div(tokens, unit) * unit;
 }
 
-template <int kTokens>
-struct Constant {
-  static constexpr int value = kTokens;
+template <int kTokens_>
+struct Group {
+  static constexpr int kTokens = kTokens_;
 };
 
-// use(Constant<padded>).
+// use(Group<padded>()).
 template <typename Use>
 inline void by_tokens(int64_t padded, Use use) {
   if constexpr (kGroup == 64) {
     switch (padded) {
-      case 24: return use(Constant<24>());
-      case 32: return use(Constant<32>());
-      case 48: return use(Constant<48>());
-      case 64: return use(Constant<64>());
+      case 24: return use(Group<24>());
+      case 32: return use(Group<32>());
+      case 48: return use(Group<48>());
+      case 64: return use(Group<64>());
     }
   }
-  return padded == 8 ? use(Constant<8>()) : use(Constant<16>());
+  return padded == 8 ? use(Group<8>()) : use(Group<16>());
 }
 
 // Walks through the lines of the next panel at the pace of the products with this one.
@@ -796,10 +796,7 @@ void many_tokens(const Source& source, const E* x, int64_t first, int64_t tokens
         const int64_t padded = padded_tokens(smaller(kGroup, tokens - begin));
         const E* part = x + begin * columns + chunk * kColumns * padded;
         float* to = sums + begin * kRows;
-        const auto multiply = [&](auto tokens_) {
-          multiply_panel<tokens_.value, kRows>(panel, width, part, to, ahead);
-        };
-        by_tokens(padded, multiply);
+        by_tokens(padded, [&](auto group) { multiply_panel<group.kTokens, kRows>(panel, width, part, to, ahead); });
         ahead.count = 1;
       }
     }
@@ -817,16 +814,13 @@ void linear_few(const Source& source, int64_t tokens, int64_t inputs, const void
   using E = typename Panel<T>::Element;
   E* packed = static_cast<E*>(workspace);
   const int64_t columns = chunks_of(source) * Source::kWords * kWord;
-  const int64_t padded = tokens <= 2 ? tokens : tokens <= 4 ? 4 : 8;
+  const int64_t padded = tokens <= 2 ? tokens : kDotTokens;
   const auto fill = [=](int64_t) { return padded; };
   pack_x<false>(static_cast<const T*>(x), tokens, tokens, fill, inputs, places, columns, packed, threads);
   switch (padded) {
     case 1: return few_tokens<T, 1>(source, packed, columns, tokens, out, threads);
     case 2: return few_tokens<T, 2>(source, packed, columns, tokens, out, threads);
-    case 4: return few_tokens<T, 4>(source, packed, columns, tokens, out, threads);
-#if !defined(__AVX512BF16__)
-    case 8: return few_tokens<T, 8>(source, packed, columns, tokens, out, threads);
-#endif
+    case kDotTokens: return few_tokens<T, kDotTokens>(source, packed, columns, tokens, out, threads);
     default: return;
   }
 }

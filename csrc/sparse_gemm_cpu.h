@@ -7,7 +7,7 @@
 //   once.
 // - `workspace` is 64-byte aligned and holds workspace() bytes, contents undefined before and after.
 // - y is overwritten. Any size may be zero. Results do not depend on `threads`. No function allocates or fails.
-// - Any number of tokens is right; the weight is decoded once for every 64.
+// - Any number of tokens is right; the weight is decoded once for every 512 (AVX-512), 256 (AVX2) or 128.
 // - Metadata is trusted: every read stays inside what it describes. Bits and offsets that do not fit the values give
 //   wrong results, but nothing outside values is read.
 #pragma once
