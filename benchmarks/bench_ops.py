@@ -3,8 +3,9 @@
     python benchmarks/bench_ops.py --threads 2 --save
     python benchmarks/bench_ops.py --device cuda --save
     python benchmarks/bench_ops.py --families linears --tokens 1 16
+    python benchmarks/bench_ops.py --families linears --shapes "1B attention" "135M up" --dtypes float32
 
-Weights are those of Llama-2-7B and Llama-3-8B; the cases are `pyprune.speed`'s, the rivals those of providers.py. The
+Weights are those of Llama-2-7B and Llama-3-8B, or of smaller models if asked for; the cases are `pyprune.speed`'s, the rivals those of providers.py. The
 expected result is the op in plain torch and fp64. `hsm` has a script of its own, with backward passes (bench_hsm.py).
 """
 
@@ -23,14 +24,22 @@ from torch import Tensor
 
 from pyprune import ops, speed
 
-SHAPES = {"attention": (4096, 4096), "down": (4096, 11008), "gate and up": (28672, 4096)}
-"""[out, in]: of Llama-2-7B, Llama-2-7B, and both halves of Llama-3-8B's MLP in one product."""
+SHAPES = {
+    "attention": (4096, 4096),
+    "down": (4096, 11008),
+    "gate and up": (28672, 4096),
+    "1B attention": (2048, 2048),
+    "1B up": (5632, 2048),
+    "1B down": (2048, 5632),
+    "135M up": (1536, 576),
+}
+"""[out, in]: of Llama-2-7B, Llama-2-7B, and both halves of Llama-3-8B's MLP in one product; TinyLlama-1.1B, SmolLM2."""
 BOTH = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of `pyprune.speed`: on which of `SHAPES` it is measured, in which dtypes."""
+    """A family of `pyprune.speed`: on which of `SHAPES` it is measured, in which dtypes, unless asked otherwise."""
 
     shapes: tuple[str, ...] = ("down",)
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
@@ -143,10 +152,17 @@ def wide(part: object) -> object:
     return part.to(torch.float64 if part.is_floating_point() else part.dtype, copy=True)
 
 
-def cases(family: str, device: torch.device, tokens: Sequence[int], without: Sequence[str] = ()) -> Iterator[Case]:
+def cases(
+    family: str,
+    device: torch.device,
+    tokens: Sequence[int],
+    without: Sequence[str] = (),
+    shapes: Sequence[str] = (),
+    dtypes: Sequence[torch.dtype] = (),
+) -> Iterator[Case]:
     """All cases of a family. Products are called by the layer that they are of."""
-    for shape in FAMILIES[family].shapes:
-        for dtype in FAMILIES[family].dtypes:
+    for shape in shapes or FAMILIES[family].shapes:
+        for dtype in dtypes or FAMILIES[family].dtypes:
             weight = speed.normal(*SHAPES[shape], device=device, dtype=dtype)
             prefix = f"{shape} " if family in ("linears", "selected") else ""
             for case in speed.FAMILIES[family](weight, tokens):
@@ -159,10 +175,15 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 2048])
     parser.add_argument("--without", nargs="+", default=[], metavar="RIVAL", help='such as "compile", which takes long')
+    parser.add_argument("--shapes", nargs="+", default=[], choices=SHAPES, help="default: each family's own")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=[], choices=[str(dtype).removeprefix("torch.") for dtype in BOTH]
+    )
     arguments = parser.parse_args()
     session = Session(arguments)
+    dtypes = [getattr(torch, name) for name in arguments.dtypes]
     for family in arguments.families:
-        for case in cases(family, session.device, arguments.tokens, arguments.without):
+        for case in cases(family, session.device, arguments.tokens, arguments.without, arguments.shapes, dtypes):
             session.run(case)
 
 

@@ -62,6 +62,14 @@ def test_every_family_is_kept_with_its_floor(bench: Any) -> None:
     )
 
 
+def test_shapes_and_dtypes_can_be_chosen(bench: Any) -> None:
+    kept = bench("--families linears --shapes down --dtypes float32")
+    assert {row["case"].removesuffix(" 50%").removesuffix(" 70%") for row in kept} == {
+        "down 64x128 T=1 float32",
+        "down 64x128 T=3 float32",
+    }
+
+
 def test_rivals_are_there_or_say_why(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     kept = bench("--families linears selected optimizer")
     found = {op: {row["provider"] for row in kept if row["benchmark"] == op} for op in {r["benchmark"] for r in kept}}
