@@ -5,8 +5,9 @@
     python benchmarks/bench_ops.py --families linears --tokens 1 16
     python benchmarks/bench_ops.py --families linears --shapes "1B attention" "135M up" --dtypes float32
 
-Weights are those of Llama-2-7B and Llama-3-8B, or of smaller models if asked for; the cases are `pyprune.speed`'s, the rivals those of providers.py. The
-expected result is the op in plain torch and fp64. `hsm` has a script of its own, with backward passes (bench_hsm.py).
+Weights are those of Llama-2-7B and Llama-3-8B, or of smaller models if asked for; the cases are `pyprune.speed`'s, the
+rivals those of providers.py. The expected result is the op in plain torch and fp64. `hsm` has a script of its own, with
+backward passes (bench_hsm.py).
 """
 
 from __future__ import annotations
