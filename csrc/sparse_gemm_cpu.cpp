@@ -279,11 +279,10 @@ struct BitmapSource {
   };
 };
 
-// Asks for what a row needs later, `bytes` of it. Into the second-level cache: the first level has few requests at a
-// time. Called for each piece as it is used, since requests in a bunch hold up the loads behind them.
-inline void fetch_ahead(const void* row, int bytes) {
-  const char* ahead = static_cast<const char*>(row) + 2048;
-  for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+// Asks for `bytes` at `row` + `ahead` bytes, which are needed later. Into the second-level cache: the first level has
+// few requests at a time. Called for each piece as it is used, since requests in a bunch hold up the loads behind them.
+inline void fetch_ahead(const void* row, int64_t ahead, int bytes) {
+  for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(row) + ahead + byte, 0, 2);
 }
 
 // kFew: for up to kDotTokens tokens, whose time is that of reading: they ask for what comes far ahead as they go.
@@ -301,6 +300,7 @@ struct NmSource {
     const T* const end;
     int present;  // rows of this block
     int64_t column = -kWord * kWords;
+    int64_t values_ahead = 0, metadata_ahead = 0;  // bytes from what a row needs now to what it asks for
     const T* packed[kRows] = {};
     PatternCursor cursors[kRows] = {};
     uint64_t words[kRows][kWords] = {};
@@ -317,10 +317,25 @@ struct NmSource {
       }
     }
 
+    // 2048 columns on, or behind the end of the row in the next block, which the same thread has most times.
+    void look_ahead() {
+      const int64_t kept = from.columns / from.m * from.n, bits = index_bits(from.m);
+      int64_t columns_on = 2048, rows_on = 0;
+      if (column + columns_on >= from.columns) {
+        columns_on = smaller(columns_on, from.columns) - from.columns;
+        rows_on = kRows;
+      }
+      const int64_t kept_on = columns_on / from.m * from.n;
+      values_ahead = (kept_on + rows_on * kept) * static_cast<int64_t>(sizeof(T));
+      metadata_ahead = kept_on * bits / 8 + rows_on * metadata_bytes(kept, from.m);
+    }
+
     void next() {
       column += kWord * kWords;
+      if (kFew) look_ahead();
       for (int i = 0; i < present; ++i) {
-        if (kFew) fetch_ahead(cursors[i].metadata + column / 8, 1);
+        if (kFew)
+          fetch_ahead(cursors[i].metadata + column * from.n / from.m * index_bits(from.m) / 8, metadata_ahead, 1);
         if (from.n == 2 && from.m == 4) {
           next_pairs(cursors[i].metadata, words[i]);
         } else {
@@ -354,7 +369,7 @@ struct NmSource {
       const int count = ones(words[i][w]);
       const T* source = packed[i];
       packed[i] += count;
-      if (kFew) fetch_ahead(source, kWord / 2 * sizeof(T));
+      if (kFew) fetch_ahead(source, values_ahead, kWord / 2 * sizeof(T));
       return end - source >= kWord ? source : readable(source, 0, end - source, tail);
     }
 
@@ -426,7 +441,7 @@ struct DenseSource : DenseWeight<T> {
 
     const T* start(int i, int w) const {
       const T* place = starts[i] + columns[w];
-      if (kFew) fetch_ahead(place, kWord * sizeof(T));
+      if (kFew) fetch_ahead(place, 2048, kWord * sizeof(T));
       return place;
     }
 
@@ -746,10 +761,18 @@ struct Output {
   }
 };
 
+// Blocks that a thread takes in a row, because each asks for what the next one needs, and they share cache lines of y:
+// four, or fewer where that would leave threads without work.
+inline int64_t together_of(int64_t blocks, int threads) {
+  const int64_t share = blocks / (4 * int64_t{threads});
+  return share < 1 ? 1 : smaller(4, share);
+}
+
 template <typename T, int kTokens, typename Source, typename E>
 void few_tokens(const Source& source, const E* x, int64_t stride, int64_t tokens, const Output& out, int threads) {
   constexpr int kRows = Source::kRows, kColumns = Source::kWords * kWord;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  const int64_t together = together_of(ceil_div(out.rows, kRows), threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, together)
   for (int64_t block = 0; block < ceil_div(out.rows, kRows); ++block) {
     alignas(64) float sums[kRows * kTokens * kLanes] = {};
     typename Source::Walk walk(source, block);
