@@ -26,6 +26,9 @@ inline void bind_bitmap_cpu(py::module_& m) {
                           pointer<int64_t>(offsets), pointer(values), threads);
       },
       ReleaseGil());
+  m.def("bitmap_misplaced", [](int64_t tiles, int64_t values_size, Address offsets) {
+    return bitmap_cpu().misplaced(tiles, values_size, pointer<int64_t>(offsets));
+  });
   m.def(
       "bitmap_unpack",
       [](int dtype, int64_t first_tile_row, int64_t rows, int64_t columns, Address values, Address bitmap,

@@ -75,6 +75,18 @@ void pack(int64_t rows, int64_t columns, const void* weight_, const uint8_t* bit
   }
 }
 
+// Four cycles a tile, 32 us for 28672 x 4096: less than a hundredth of its product with one token.
+int64_t misplaced(int64_t tiles, int64_t values_size, const int64_t* offsets) {
+  const auto wrong = [=](int64_t begin, int64_t end) {
+    const bool outside = (begin < 0) | (end < begin) | (end > values_size);
+    return outside || end - begin > kTile * kTile || ((begin | end) & 7) != 0;
+  };
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    if (wrong(offsets[tile], offsets[tile + 1])) return tile;
+  }
+  return -1;
+}
+
 // Tiles side by side that are unpacked together, row by row: a row of one tile is too short a piece to write, and rows
 // often lie a power of two apart, where the cache holds only a few.
 constexpr int kTogether = 8;
@@ -119,6 +131,7 @@ void unpack(int64_t first_tile_row, int64_t rows, int64_t columns, const void* v
 extern const BitmapCpuKernels PYPRUNE_JOIN(bitmap_cpu_, PYPRUNE_ISA) = {
     PYPRUNE_BY_DTYPE(scan),
     PYPRUNE_BY_DTYPE(pack),
+    misplaced,
     PYPRUNE_BY_DTYPE(unpack),
 };
 

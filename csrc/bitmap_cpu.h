@@ -22,6 +22,10 @@ struct BitmapCpuKernels {
   void (*pack)(DType dtype, int64_t rows, int64_t columns, const void* weight, const uint8_t* bitmap,
                const int64_t* offsets, void* values, int threads);
 
+  // The first tile whose values, from its offset to the next, are not a multiple of 8 of at most 4096 inside an array
+  // of values_size, or begin off a multiple of 8; -1 if there is none.
+  int64_t (*misplaced)(int64_t tiles, int64_t values_size, const int64_t* offsets);
+
   // weight [rows,columns] typed from a packed one with tile rows first_tile_row .. first_tile_row + ceil(rows/64).
   void (*unpack)(DType dtype, int64_t first_tile_row, int64_t rows, int64_t columns, const void* values,
                  const uint8_t* bitmap, const int64_t* offsets, int64_t values_size, void* weight, int threads);

@@ -6,16 +6,7 @@ import torch
 from torch import Tensor
 
 from pyprune._cpu.common import DTYPE_CODES, Kernels
-from pyprune.reference.bitmap import TILE
-
-
-def check_end(op: str, values: Tensor, offsets: Tensor) -> None:
-    """Raises ValueError when values does not end where offsets does. (What else is wrong with a packed weight is found
-    by `ops.check_bitmap`; the kernels read nothing outside values whatever its bits and offsets say.)"""
-    if int(offsets[-1]) != len(values):
-        raise ValueError(
-            f"{op}: values has {len(values)} elements, offsets ends at {int(offsets[-1])}; pass those of one weight"
-        )
+from pyprune.reference.bitmap import ALIGNMENT, TILE
 
 
 class Bitmap(Kernels):
@@ -36,10 +27,26 @@ class Bitmap(Kernels):
     def bitmap_unpack(
         self, values: Tensor, bitmap: Tensor, offsets: Tensor, out_features: int, in_features: int
     ) -> Tensor:
-        check_end("bitmap_unpack", values, offsets)
+        self._check_offsets("bitmap_unpack", values, offsets)
         weight = values.new_empty(out_features, in_features)
         self._unpack_rows(values, bitmap, offsets, 0, weight)
         return weight
+
+    def _check_offsets(self, op: str, values: Tensor, offsets: Tensor) -> None:
+        """Raises ValueError when a tile lies elsewhere than in values, or values ends elsewhere than the last tile.
+
+        Bits that do not fit are found by `ops.check_bitmap`; the kernels read nothing outside values whatever they say.
+        """
+        tile = self.kernels.bitmap_misplaced(len(offsets) - 1, len(values), offsets.data_ptr())
+        if tile >= 0:
+            raise ValueError(
+                f"{op}: offsets has tile {tile} from {int(offsets[tile])} to {int(offsets[tile + 1])}, expected "
+                f"multiples of {ALIGNMENT}, at most {TILE * TILE} apart, inside the {len(values)} elements of values"
+            )
+        if int(offsets[-1]) != len(values):
+            raise ValueError(
+                f"{op}: values has {len(values)} elements, offsets ends at {int(offsets[-1])}; pass those of one weight"
+            )
 
     def _unpack_rows(self, values: Tensor, bitmap: Tensor, offsets: Tensor, first_tile_row: int, rows: Tensor) -> None:
         """Fills `rows` [rows, in] with those of the weight that start with a row of tiles."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pyprune._cpu.bitmap import Bitmap, check_end
+from pyprune._cpu.bitmap import Bitmap
 from pyprune._cpu.common import DTYPE_CODES, address
 from pyprune._cpu.nm import Nm
 
@@ -68,7 +68,7 @@ class SparseGemm(Bitmap, Nm):
         out_features: int,
         in_features: int,
     ) -> Tensor:
-        check_end("bitmap_linear", values, offsets)
+        self._check_offsets("bitmap_linear", values, offsets)
         if not self._takes(x):
 
             def expand(first: int, rows: Tensor) -> None:

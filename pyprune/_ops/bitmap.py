@@ -105,11 +105,11 @@ def bitmap_pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def bitmap_unpack(values: Tensor, bitmap: Tensor, offsets: Tensor, out_features: int, in_features: int) -> Tensor:
     """The dense weight [out_features, in_features] of a packed one, +0 elsewhere; the inverse of `bitmap_pack`.
 
-    Bits and offsets are trusted: wrong ones give wrong results, though nothing outside values is read. See
-    `check_bitmap` for tensors that come from elsewhere.
+    Bits are trusted, and on a GPU offsets too: wrong ones give wrong results, though nothing outside values is read.
+    See `check_bitmap` for tensors that come from elsewhere.
 
     Raises:
-        TypeError, ValueError: an argument's dtype, device or shape does not fit.
+        TypeError, ValueError: an argument's dtype, device or shape does not fit, or on a CPU an offset.
     """
     return torch.ops.pyprune.bitmap_unpack(values, bitmap, offsets, out_features, in_features)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pyprune import ops
-from pyprune._cpu import sparse_gemm
+from pyprune._cpu import CpuKernels, sparse_gemm
 from pyprune.reference.bits import pack_bits, unpack_bits
 
 # (tokens, out, in): single elements, around 8, 16 and 64, no tokens, and several blocks of rows and panels of columns.
@@ -331,7 +331,9 @@ def test_arguments_are_checked() -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_damaged_places_lead_nowhere(dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong offsets and bits give wrong rows, never a read outside values; rows of other tiles are as they were."""
+    """Wrong bits, and offsets that nobody checked, give wrong rows, never a read outside values; other tiles' rows are
+    as they were."""
+    monkeypatch.setattr(CpuKernels, "_check_offsets", lambda *arguments: None)
     weight = torch.randn(192, 320).to(dtype)
     weight[torch.rand_like(weight.float()) < 0.5] = 0
     values, bitmap, offsets = ops.bitmap_pack(weight)
@@ -352,11 +354,33 @@ def test_damaged_places_lead_nowhere(dtype: torch.dtype, isa: str, monkeypatch: 
         elsewhere[14] = 1 << 50  # of the last tile, whose end stays
         y = ops.bitmap_linear(x, values, bitmap, elsewhere, 192, 320)
         assert torch.equal(y[:, :128], right[:, :128])
-    for damaged in ((values[:-8], bitmap, offsets), (values, bitmap, offsets + 8)):
-        with pytest.raises(ValueError, match=r"values has \d+ elements, offsets ends at \d+"):
-            ops.bitmap_linear(x, *damaged, 192, 320)
-        with pytest.raises(ValueError, match=r"values has \d+ elements, offsets ends at \d+"):
-            ops.bitmap_unpack(*damaged, 192, 320)
+
+
+@needs_kernels
+def test_offsets_that_do_not_fit_are_named() -> None:
+    weight = torch.randn(192, 320)
+    weight[torch.rand_like(weight) < 0.5] = 0
+    values, bitmap, offsets = ops.bitmap_pack(weight)
+    begin, end, size = int(offsets[7]), int(offsets[8]), len(values)
+    for first, last in (
+        (-8, 8),  # a tile that begins before the array,
+        (size - 8, size + 8),  # ends behind it,
+        ((1 << 63) - 8, -(1 << 63)),
+        (end, begin),  # ends before it begins,
+        (begin + 3, end),  # is off the alignment,
+        (begin, end + 4096),  # or has more than a tile can
+    ):
+        elsewhere = offsets.clone()
+        elsewhere[7:9] = torch.tensor([first, last])
+        message = rf"offsets has tile [678] from -?\d+ to -?\d+, expected multiples of 8, at most 4096 .* the {size} "
+        with pytest.raises(ValueError, match=f"bitmap_linear: {message}"):
+            ops.bitmap_linear(torch.randn(2, 320), values, bitmap, elsewhere, 192, 320)
+        with pytest.raises(ValueError, match=f"bitmap_unpack: {message}"):
+            ops.bitmap_unpack(values, bitmap, elsewhere, 192, 320)
+    with pytest.raises(ValueError, match=rf"offsets has tile 14 from \d+ to {size}, .* the {size - 8} elements"):
+        ops.bitmap_linear(torch.randn(2, 320), values[:-8], bitmap, offsets, 192, 320)
+    with pytest.raises(ValueError, match=rf"values has {size + 8} elements, offsets ends at {size}"):
+        ops.bitmap_unpack(torch.cat([values, values[:8]]), bitmap, offsets, 192, 320)
 
 
 def test_masks_agree_with_bits() -> None:
