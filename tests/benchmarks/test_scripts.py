@@ -181,11 +181,16 @@ def test_serving_refuses_a_wrong_cut(script: Any, monkeypatch: pytest.MonkeyPatc
         script("bench_serving", SERVING.replace("2:4 ", ""))
 
 
-def test_serving_refuses_a_wrong_packing(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serving_leaves_a_wrong_packing_out(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other variants are measured, and the exit status tells."""
     wrong = lambda model, measure: model.model.layers[1].mlp.up_proj.weight.data.mul_(0.9)  # noqa: E731
     monkeypatch.setattr(pyprune, "sparsify", wrong)
-    with pytest.raises(SystemExit, match="2:4 against the dense model with the same zeros, 8 tokens"):
+    with pytest.raises(SystemExit, match="left out: 2:4 against the dense model with the same zeros, 8 tokens"):
         script("bench_serving", SERVING)
+    table = capsys.readouterr().out.splitlines()[-1]
+    assert table.startswith("| -25% hidden | ") and table.count("x (") == 2
 
 
 def test_serving_refuses_a_load_that_is_none(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
