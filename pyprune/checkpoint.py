@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,8 @@ def save(
 
     Linears whose zeros fit N:M are packed so, others as bitmaps; one that is too dense to be smaller packed stays
     dense, and the report says so. The model itself is left as it was. SLoRB's parts of `MaskedLinear`s are stored
-    beside them. What is packed depends on the zeros alone, not on the machine.
+    beside them; a mask that leaves too much to be packed cannot be written, as in `save_dense`. What is packed depends
+    on the zeros alone, not on the machine.
 
     Args:
         model: a transformers model, without adapters; dense with zeros, or packed already.
@@ -37,12 +39,12 @@ def save(
         What became of every linear; print it.
 
     Raises:
-        ValueError: the model has adapters.
+        ValueError: the model has adapters, or a linear that would stay dense and is still trained under a mask.
         FileExistsError: `folder` is a file or not empty.
         OSError: it could not be written.
     """
-    with _packed(model) as report:
-        _write(model, tokenizer, folder, max_shard_size)
+    with new_folder(folder) as partial, _packed(model) as report:
+        _write(model, tokenizer, partial, max_shard_size)
     return report
 
 
@@ -55,12 +57,18 @@ def save_dense(
     the weights.
     """
     refuse_adapters(model)
+    _refuse_masked(model)
+    with new_folder(folder) as partial:
+        if packed_linears(model):
+            model.dequantize()  # type: ignore[operator]
+        strip_quantization(model)
+        _write(model, tokenizer, partial, max_shard_size)
+
+
+def _refuse_masked(model: nn.Module) -> None:
+    """Raises ValueError for a linear that would be written with what its mask drops."""
     if masked := [name for name, module in model.named_modules() if isinstance(module, MaskedLinear)]:
         raise ValueError(f"model: {masked[0]} is still trained under a mask; call AST.finalize(model) first")
-    if packed_linears(model):
-        model.dequantize()  # type: ignore[operator]
-    strip_quantization(model)
-    _write(model, tokenizer, folder, max_shard_size)
 
 
 @contextmanager
@@ -69,7 +77,9 @@ def _packed(model: nn.Module) -> Iterator[Report]:
     dense = dict(model.named_modules(remove_duplicate=False))
     before = set(packed_linears(model))
     try:
-        yield sparsify(model, measure=False)
+        report = sparsify(model, measure=False)
+        _refuse_masked(model)
+        yield report
     finally:
         for name in packed_linears(model).keys() - before:
             model.set_submodule(name, dense[name])
@@ -77,8 +87,7 @@ def _packed(model: nn.Module) -> Iterator[Report]:
             strip_quantization(model)
 
 
-def _write(model: Any, tokenizer: Any, folder: str | os.PathLike[str], max_shard_size: int | str) -> None:
-    with new_folder(folder) as partial:
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+def _write(model: Any, tokenizer: Any, folder: Path, max_shard_size: int | str) -> None:
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

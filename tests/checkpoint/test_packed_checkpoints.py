@@ -227,6 +227,33 @@ def test_masked_linears_are_not_written_as_dense_ones(tmp_path: Path) -> None:
     assert not (tmp_path / "dense").exists()
 
 
+def test_a_mask_that_drops_too_little_to_pack_is_refused(tmp_path: Path) -> None:
+    """What stays dense would be written with the weights that its mask drops."""
+    model = llama("0.0")
+    rules = {"q_proj": MaskRule(7, 8), "up_proj": MaskRule(2, 4)}
+    for name, linear in linears(model).items():
+        if rule := rules.get(name.rpartition(".")[2]):
+            model.set_submodule(name, MaskedLinear(linear.weight, linear.bias, rule))
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj is still trained under a mask; call AST.finalize"):
+        checkpoint.save(model, None, tmp_path / "packed")
+    assert list(tmp_path.iterdir()) == []
+    masked = [module for module in model.modules() if isinstance(module, MaskedLinear)]
+    assert len(masked) == 4 and not quantizer.packed_linears(model)
+
+
+@pytest.mark.parametrize("save", [checkpoint.save, checkpoint.save_dense])
+def test_a_folder_that_is_taken_is_refused_before_any_work(
+    save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    pyprune.sparsify(model, measure=False)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(checkpoint, "sparsify", lambda *args, **options: pytest.fail("it was packed"))
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        save(model, None, tmp_path)
+    assert len(quantizer.packed_linears(model)) == 14  # and not unpacked
+
+
 def test_lora_trains_on_a_loaded_model(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
