@@ -139,7 +139,7 @@ def sparsify(model: nn.Module, expected_batch: int = 1, *, measure: bool = True)
             if packed is not None:
                 model.set_submodule(report.name, packed)
     for name, packed in packed_linears(model).items():
-        reports.setdefault(name, _packed_before(name, packed))
+        reports.setdefault(name, _packed_before(name, packed, expected_batch))
     if packed_linears(model):
         attach(model)
     order = {name: place for place, name in enumerate(names)}
@@ -275,24 +275,31 @@ def _decide(group: list[_Candidate], batch: int, measure: bool) -> Iterator[tupl
             sparsity=1 - found.packing.kept / max(weight.numel(), 1),
             dense_bytes=weight.nbytes,
             packed_bytes=size,
-            expected_gain=_expected_gain(weight, size, batch),
+            expected_gain=_expected_gain(weight.nbytes, size, weight.device, batch),
             measured_gain=gain,
             reason=reason,
         )
         yield report, module
 
 
-def _expected_gain(weight: Tensor, packed: int, batch: int) -> float:
-    return weight.nbytes / max(packed, 1) if batch <= DECODE_TOKENS.get(weight.device.type, 0) else 1.0
+def _expected_gain(dense: int, packed: int, device: torch.device, batch: int) -> float:
+    return dense / max(packed, 1) if batch <= DECODE_TOKENS.get(device.type, 0) else 1.0
 
 
-def _packed_before(name: str, linear: SparseLinear) -> LayerReport:
+def _packed_before(name: str, linear: SparseLinear, batch: int) -> LayerReport:
     rows, columns = linear.out_features, linear.in_features
     dense = rows * columns * linear.values.element_size()
     kept = int(is_nonzero(linear.values).sum())
-    sparsity = 1 - kept / max(rows * columns, 1)
     return LayerReport(
-        name, (rows, columns), _format(linear.pattern), sparsity, dense, linear.nbytes, dense / linear.nbytes, None, ""
+        name=name,
+        shape=(rows, columns),
+        format=_format(linear.pattern),
+        sparsity=1 - kept / max(rows * columns, 1),
+        dense_bytes=dense,
+        packed_bytes=linear.nbytes,
+        expected_gain=_expected_gain(dense, linear.nbytes, linear.values.device, batch),
+        measured_gain=None,
+        reason="",
     )
 
 

@@ -77,6 +77,14 @@ def test_the_report_counts() -> None:
     assert again.bytes == report.bytes and again.packed == 14
 
 
+@pytest.mark.parametrize("tokens", [1, packing.DECODE_TOKENS["cpu"], packing.DECODE_TOKENS["cpu"] + 1])
+def test_what_was_packed_before_is_reported_as_what_is_packed_now(tokens: int) -> None:
+    model = llama("2:4", torch.bfloat16)
+    first, again = (pyprune.sparsify(model, tokens, measure=False) for _ in range(2))
+    assert first == again
+    assert {layer.expected_gain for layer in again.layers} == {16 / 9 if tokens <= 16 else 1.0}
+
+
 def test_what_is_slower_packed_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """The measurement decides, for all layers of a kind together, at the batch that was asked for."""
     asked = []
