@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pyprune import evaluation, ops, timing
-from pyprune.architectures import describe
+from pyprune.architectures import describe_blocks
 from pyprune.reference.bits import pack_bits
 
 SIZES = {"SmolLM2-135M": (576, 1536), "Llama-3.2-1B": (2048, 8192), "Llama-3-8B": (4096, 14336)}
@@ -411,13 +411,12 @@ def compare(found: Mapping[str, nn.Module], load: Load, progress: bool = False) 
     return speeds
 
 
-def _floor(model: nn.Module, tokens: int, sequences: int) -> float:
+def _floor(model: Any, tokens: int, sequences: int) -> float:
     """Seconds of a forward pass of `tokens` through the blocks and the last one of each sequence through the head: the
     weights read once, the products with what is stored of them; attention itself is left out."""
     parameter = next(model.parameters())
-    decoder = describe(model)
-    blocks = sum(map(_products, (block.module for block in decoder.blocks)))
-    operations = 2 * (tokens * blocks + sequences * _products(decoder.head))
+    blocks = sum(_products(block.module) for block in describe_blocks(model).blocks)
+    operations = 2 * (tokens * blocks + sequences * _products(model.get_output_embeddings()))
     return timing.floor(evaluation.work(model)[1], operations, parameter.device, _dtype(model))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pyprune import checkpoint, ops, speed, timing
 
@@ -118,6 +118,19 @@ def test_floor_of_a_model_is_its_weights_and_products(monkeypatch: pytest.Monkey
     speed._floor(AutoModelForCausalLM.from_pretrained(tmp_path), 10, 2)
     packed = products // 4 * 4 + products // 4 // 4  # fp32 values, two bits for each
     assert work.pop() == (packed + 4 * (4 * 64 + 50 * 64), 2 * (10 * products // 4 + 2 * 50 * 64))
+
+
+def test_floor_of_a_layer_norm_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2: linears are Conv1D, the head is the embedding, which is read once; positions are no products."""
+    work = []
+    monkeypatch.setattr(timing, "floor", lambda nbytes, operations, device, dtype: work.append((nbytes, operations)))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, n_positions=16))
+    found = speed.compare({"": model.eval()}, speed.Load((1,), 4, 2, 1))
+    products = 2 * 12 * 32 * 32  # two blocks: q, k, v; o; up and down of four times the width
+    beside = 2 * (9 * 32 + 4 * 32)  # biases: 3 + 1 + 4 + 1 widths; two norms
+    assert len(found[""]) == 1 and work == [
+        (4 * (products + beside + 50 * 32), 2 * (tokens * products + 50 * 32)) for tokens in (4, 1)
+    ]
 
 
 def test_models_take_turns_at_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
