@@ -8,22 +8,19 @@ it becomes a matrix of its own, whose parameters count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-import torch
 from torch import nn
 
-from pyprune import basis, plan, surgery
+from pyprune import plan
 from pyprune.architectures import describe
 from pyprune.methods import option
-from pyprune.methods.lora import LoRA
+from pyprune.methods.prune_then_tune import HiddenCut
 
 
 @dataclass
-class SliceGPT(LoRA):
+class SliceGPT(HiddenCut):
     """Cut before training; satisfies `Method`."""
 
     target: str = option("params=0.75", "the model that is left: params= or bytes= (a share or a number), or hidden=")
@@ -37,6 +34,7 @@ class SliceGPT(LoRA):
         "final norm are nearly equal",
     )
 
+    basis = "pca"
     reads_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -50,23 +48,7 @@ class SliceGPT(LoRA):
             plan.Rules(("hidden",), round_to=self.round_to)
 
     def hidden_size(self, model: nn.Module) -> int:
-        """The hidden size that meets the target. Raises ValueError when there is none."""
+        """The one that meets the target. Raises ValueError when there is none."""
         decoder, wanted = describe(model), plan.Target.parse(self.target)
         rules = plan.Rules(("hidden",), round_to=decoder.rounding if self.round_to is None else self.round_to)
         return plan.widths_for(decoder, wanted, rules, untied=self.untie).hidden
-
-    def check(self, model: nn.Module) -> None:
-        """Raises ValueError when the model cannot meet the target; `model` may be on the meta device."""
-        self.hidden_size(model)
-
-    def cut(self, model: nn.Module, calibration: Sequence[torch.Tensor] | None) -> nn.Module:
-        """Rotates and cuts, without training: a stock model of the smaller hidden size."""
-        kept = self.hidden_size(model)
-        basis.to_principal_axes(model, calibration, self.untie)
-        return surgery.slice_hidden(model, range(kept))
-
-    def prepare(
-        self, model: nn.Module, calibration: Sequence[torch.Tensor] | None = None, resume: str | Path | None = None
-    ) -> nn.Module:
-        """The cut model with LoRA. A resumed run makes the same cut again from the same calibration."""
-        return self.adapt(self.cut(model, calibration))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -25,13 +24,13 @@ from pyprune.architectures import Groups, describe
 from pyprune.blockwise import Block, prune
 from pyprune.calibration import Gram
 from pyprune.methods import option
-from pyprune.methods.loraprune import Structured
 from pyprune.methods.oneshot import OneShot
+from pyprune.methods.planned import PlannedCut
 from pyprune.methods.sparsegpt import inverse_factor, prepare
 
 
 @dataclass
-class SlimGPT(Structured):
+class SlimGPT(PlannedCut):
     """Cut before training; satisfies `Method`."""
 
     damping: float = option(0.01, "added to the Hessian's diagonal, as a share of its mean")
@@ -46,12 +45,12 @@ class SlimGPT(Structured):
         if self.at_once < 1:
             raise ValueError(f"at_once is {self.at_once}; expected at least 1 channel")
 
-    def cut(self, model: nn.Module, calibration: Sequence[Tensor] | None) -> nn.Module:
-        """Plans and cuts, without training: what is left is a stock model, if the widths are uniform.
+    def planned(self, model: nn.Module, calibration: Sequence[Tensor] | None, known: plan.Plan | None) -> plan.Plan:
+        """What costs least goes, and the others make up for it: this needs the calibration of a resumed run too.
 
         Raises:
-            ValueError: the target cannot be met, adapters, no calibration or one that does not fit; nothing was
-                changed. PruningError, one of these, when activations or weights are not finite.
+            ValueError: as `PlannedCut.planned`, or the model has adapters. PruningError, one of these, when activations
+                or weights are not finite.
         """
         self.refuse_adapters(model)
         decoder, widths = describe(model), self.widths(model)
@@ -60,23 +59,20 @@ class SlimGPT(Structured):
                 "calibration: SlimGPT reads text, and there is none: give calibration (a FILE; in Python token ids, "
                 "each [batch, tokens])"
             )
-        columns = _Columns(self, decoder.groups(), widths)
+        columns = _Columns(self, decoder.groups(), widths, known)
         prune(model, columns, calibration, progress=True)
-        return plan.choose(decoder, self.target, widths, columns.stays).apply(model)
-
-    def prepare(
-        self, model: nn.Module, calibration: Sequence[Tensor] | None = None, resume: str | Path | None = None
-    ) -> nn.Module:
-        """The cut model with LoRA. A resumed run makes the same cut again from the same calibration."""
-        return self.adapt(self.cut(model, calibration))
+        return known or plan.choose(decoder, self.target, widths, columns.stays)
 
 
 class _Columns(OneShot):
-    """What the engine of one-shot pruning runs. It counts no single weights: the plan counts columns."""
+    """What the engine of one-shot pruning runs. It counts no single weights: the plan counts columns. `known`: a plan
+    that says what stays, which is else chosen here."""
 
-    def __init__(self, options: SlimGPT, groups: Sequence[Groups], widths: plan.Widths) -> None:
+    def __init__(
+        self, options: SlimGPT, groups: Sequence[Groups], widths: plan.Widths, known: plan.Plan | None = None
+    ) -> None:
         super().__init__(sparsity=1e-12)
-        self.options, self.widths = options, widths
+        self.options, self.widths, self.known = options, widths, known.kept if known else {}
         self.groups = {g.writer.linear: g for g in groups}
         self.stays: dict[str, Tensor] = {}  # by group, 1 for those that stay
 
@@ -95,19 +91,21 @@ class _Columns(OneShot):
             dead = prepare(hessian, self.options.damping)
             factor = inverse_factor(hessian, f"{block.name}.{name}").double()
             solved, stays, loss = remove_columns(
-                weight.double().masked_fill(dead, 0), factor.T @ factor, groups.count, keep, self._at_once(groups)
+                weight.double().masked_fill(dead, 0),
+                factor.T @ factor,
+                groups.count,
+                keep,
+                self.options.at_once if groups.axis == "channels" else 1,
+                self.known.get(groups.name),
             )
             block.write(name, solved.to(weight.dtype))
             self.stays[groups.name] = stays.float().cpu()
             total += loss
         return {"loss": total}
 
-    def _at_once(self, groups: Groups) -> int:
-        return self.options.at_once if groups.axis == "channels" else 1
-
 
 def remove_columns(
-    weight: Tensor, inverse: Tensor, groups: int, keep: int, at_once: int = 1
+    weight: Tensor, inverse: Tensor, groups: int, keep: int, at_once: int = 1, kept: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor, float]:
     """Zeroes groups of neighbouring columns, cheapest first, and lets the others make up for them.
 
@@ -115,6 +113,8 @@ def remove_columns(
         weight: [out, in], fp64. inverse: of the Hessian [in, in], fp64. Both are changed in place.
         groups: how many there are, of in / groups columns each. keep: how many stay.
         at_once: groups that go between two updates.
+        kept: the groups that stay, where that was decided before; in whatever order the others go, the weight is the
+            same but for roundings.
 
     Returns:
         The weight, bool [groups] of what stays, and the squared error that was added.
@@ -122,8 +122,12 @@ def remove_columns(
     width, device = weight.shape[1] // groups, weight.device
     stays = torch.ones(groups, dtype=torch.bool, device=device)
     loss = torch.zeros((), dtype=weight.dtype, device=device)
+    decided = torch.zeros_like(stays)
+    if kept is not None:
+        decided[list(kept)] = True
     for left in range(groups - keep, 0, -at_once):
-        gone = _costs(weight, inverse, stays, width).topk(min(at_once, left), largest=False).indices
+        costs = _costs(weight, inverse, stays, width).masked_fill(decided, torch.inf)
+        gone = costs.topk(min(at_once, left), largest=False).indices
         columns = (gone[:, None] * width + torch.arange(width, device=device)).flatten()
         removed, rows = weight[:, columns], inverse[columns]
         solved = torch.linalg.solve(rows[:, columns], torch.cat([rows, removed.T], dim=1))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods.test_llm_pruner import tuned_in_two_parts
 from methods.test_loraprune import FP32, logits, wide, windows
 from surgery.tiny_decoders import relative_error, tiny
 
@@ -20,6 +21,10 @@ CALIBRATION = list(windows().ids[:12].split(4))
 
 def slicegpt(**options: Any) -> SliceGPT:
     return SliceGPT(**{"target": "hidden=16", "round_to": 4, "lora_rank": 3, "lora_dropout": 0.0} | options)
+
+
+def cut_then_tuned(**options: Any) -> PruneThenTune:
+    return PruneThenTune(**{"ratio": 1 / 3, "round_to": 8, "lora_rank": 3, "lora_dropout": 0.0} | options)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -54,7 +59,7 @@ def test_target_counts_an_untied_head(untie: bool) -> None:
 def test_tuned_as_prune_then_tune(tmp_path: Path) -> None:
     """The same cut and the same LoRA as prune-then-tune at that hidden size."""
     results = []
-    for method in (slicegpt(), PruneThenTune(ratio=1 / 3, round_to=8, basis="pca", lora_rank=3, lora_dropout=0.0)):
+    for method in (slicegpt(), cut_then_tuned()):
         torch.manual_seed(1)
         model = method.prepare(tiny("llama", False, torch.float32), CALIBRATION)
         folder = tmp_path / type(method).__name__
@@ -64,6 +69,19 @@ def test_tuned_as_prune_then_tune(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(results[-1]), trained, **FP32)
     assert results[0].config.hidden_size == 16
     assert torch.equal(logits(results[0]), logits(results[1]))
+
+
+@pytest.mark.parametrize("make", [slicegpt, cut_then_tuned, lambda: cut_then_tuned(basis="identity")])
+def test_tuned_and_resumed_bit_for_bit(make: Any, tmp_path: Path) -> None:
+    """Resumed without calibration: the checkpoint has the axes."""
+    tuned_in_two_parts(make, None, tmp_path)
+    checkpoint = tmp_path / "True" / "checkpoint-3"
+    other = "pca" if make().basis == "identity" else "identity"
+    with pytest.raises(ValueError, match=r"another basis or of another model: its axes are \[24"):
+        cut_then_tuned(basis=other).prepare(tiny("llama"), CALIBRATION, resume=checkpoint)
+    (checkpoint / "axes.safetensors").unlink()
+    with pytest.raises(ValueError, match="checkpoint-3 does not say which channels were cut"):
+        make().prepare(tiny("llama"), CALIBRATION, resume=checkpoint)
 
 
 def test_bad_input() -> None:

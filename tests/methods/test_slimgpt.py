@@ -65,6 +65,22 @@ def test_the_group_that_goes_is_the_cheapest_one_left(groups: int, keep: int) ->
         assert torch.equal(remove_columns(weight.clone(), torch.linalg.inv(hessian), groups, keep)[1], stays)
 
 
+@pytest.mark.parametrize(("groups", "at_once"), [(12, 1), (12, 4), (4, 1)])
+def test_groups_that_are_known_to_stay(groups: int, at_once: int) -> None:
+    """Those that would have gone first stay: least squares again; and with the own choice every bit is the same."""
+    weight, hessian = problem(groups + at_once)
+    inverse, keep = torch.linalg.inv(hessian), groups // 2
+    own, chosen, _ = remove_columns(weight.clone(), inverse.clone(), groups, keep, at_once)
+    kept = (~chosen).nonzero().flatten().tolist()
+    solved, stays, loss = remove_columns(weight.clone(), inverse.clone(), groups, keep, at_once, kept)
+    assert stays.nonzero().flatten().tolist() == kept
+    expected, error = least_squares(weight, hessian, stays.repeat_interleave(12 // groups))
+    torch.testing.assert_close(solved, expected, rtol=1e-9, atol=1e-9)  # fp64, a few ill-conditioned steps
+    assert loss == pytest.approx(error, rel=1e-9)
+    again = remove_columns(weight.clone(), inverse, groups, keep, at_once, chosen.nonzero().flatten().tolist())[0]
+    assert torch.equal(again, own)
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_cut_is_zeroed(family: str) -> None:
     """A model with zeros in the columns of what goes gives the logits of the smaller one."""
@@ -113,8 +129,22 @@ def test_target_and_blocks_that_stay_whole() -> None:
 
 
 def test_tuned_and_resumed_bit_for_bit(tmp_path: Path) -> None:
-    """The same calibration gives the same cut again."""
+    """The same calibration gives the same cut again. Another one, as another machine's roundings might, does not change
+    what stays."""
     tuned_in_two_parts(lambda: slimgpt(lora_dropout=0.1), CALIBRATION, tmp_path)
+    checkpoint = tmp_path / "True" / "checkpoint-3"
+    rows = [
+        describe(slimgpt().prepare(tiny("llama"), calibration, resume=resume)).blocks[1].reads[1].linears[0]
+        for calibration, resume in (
+            (CALIBRATION, checkpoint),
+            ([CALIBRATION[0].flip(0) // 2], checkpoint),
+            ([CALIBRATION[0].flip(0) // 2], None),
+        )
+    ]
+    first, resumed, anew = (linear.base_layer.weight for linear in rows)
+    assert torch.equal(resumed, first) and not torch.equal(anew, first)
+    with pytest.raises(ValueError, match="of a run with another target"):
+        slimgpt(target="heads=1,channels=16").prepare(tiny("llama"), CALIBRATION, resume=checkpoint)
 
 
 def test_bad_input() -> None:
