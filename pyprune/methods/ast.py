@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import safe_open
@@ -113,6 +113,19 @@ class AST:
                 raise ValueError(f"slorb: {name} is a Conv1D, beside which it is not supported; leave it out")
         if self.kl_weight > 0 and self.teacher is not None:
             check_heads(model, open_skeleton(self.teacher))
+
+    def check_steps(self, steps: int) -> None:
+        """Raises ValueError when a training of so many steps never chooses the final masks (mask gradual)."""
+        if self.mask != "gradual":
+            return
+        last = (steps - 1) // self.refresh * self.refresh  # of steps counted from 0, the last that chooses masks
+        _, kept = schedules(self, steps)
+        if round(kept(last)) != self.rule.n:
+            raise ValueError(
+                f"mask is 'gradual' with refresh {self.refresh} and milestone {self.milestone:g}: in steps={steps} the "
+                f"last masks are those of step {last}, {round(kept(last))} of every {self.rule.m}, not {self.rule}; "
+                "train more steps, or lower refresh or milestone"
+            )
 
     def prepare(
         self, model: nn.Module, calibration: Sequence[Tensor] | None = None, resume: str | Path | None = None
@@ -220,6 +233,13 @@ def _check_masks(checkpoint: Path, rule: MaskRule | None) -> None:
                 raise ValueError(f"{checkpoint}: {name} is not {rule}; resume with the pattern that the run began with")
 
 
+def schedules(options: AST, steps: int) -> tuple[Schedule, Schedule]:
+    """The decay of masked weights, and how many of every M a gradual mask keeps, over a training of that many steps."""
+    milestone = max(1, round(options.milestone * steps))
+    shape: Literal["linear", "constant"] = "linear" if options.decay_shape == "annealed" else "constant"
+    return Schedule(0.0, options.decay, milestone, shape=shape), Schedule(options.rule.m, options.rule.n, milestone)
+
+
 class _Tuning:
     """AST on one model: the masked linears in the place of its own, its teacher, and their schedule."""
 
@@ -260,15 +280,13 @@ class _Tuning:
             layer.boost(self.options.slorb, self.options.slorb_trained)
         if self.options.mask == "gradual":
             layer.mask.copy_(pack_bits(torch.ones_like(weight, dtype=torch.bool)))
+            layer.first_mask.copy_(layer.mask)
         return layer
 
     def plan(self, max_steps: int) -> None:
         """Fixes the schedules for a training of that many steps."""
-        o = self.options
-        milestone = max(1, round(o.milestone * max_steps))
-        annealed = o.decay_shape == "annealed"
-        self.decay = Schedule(0.0, o.decay, milestone, shape="linear" if annealed else "constant")
-        self.kept = Schedule(self.rule.m, self.rule.n, milestone)
+        self.options.check_steps(max_steps)
+        self.decay, self.kept = schedules(self.options, max_steps)
 
     def begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Before `step`, counted from 0: the masks and the decay that hold for all of its passes."""
@@ -347,11 +365,11 @@ class _Callback(TrainerCallback):
             )
         if args.fp16:
             raise ValueError("fp16 training scales its gradients, which the masked decay is added to; use bf16=True")
+        self.tuning.plan(state.max_steps)
         if args.bf16 and self.tuning.distillation:
             self.tuning.distillation.teacher.to(
                 torch.bfloat16
             )  # what its products would round it to, in half the bytes
-        self.tuning.plan(state.max_steps)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

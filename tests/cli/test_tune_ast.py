@@ -54,6 +54,18 @@ def test_a_pattern_that_does_not_fit_is_refused_before_anything_is_read(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_gradual_mask_that_would_never_be_final_is_refused_before_anything_is_written(
+    tmp_path: Path, tiny_llama: Path, prose: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prose.txt").write_text(prose)
+    arguments = ["tune", str(tiny_llama), "--data", str(tmp_path / "prose.txt"), "--out", str(tmp_path / "run")]
+    assert main([*arguments, *QUICK.split(), "--mask", "gradual", "--refresh", "6"]) == 2
+    assert "mask is 'gradual' with refresh 6 and milestone 0.25: in steps=6" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_each_method_has_a_learning_rate_of_its_own(
     tmp_path: Path, tiny_llama: Path, prose: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -272,8 +272,9 @@ def test_a_gradual_mask_only_grows_and_reaches_the_pattern(tmp_path: Path) -> No
                 torch.cat([unpack_bits(m.mask, m.in_features).flatten() for m in masked_layers(model).values()])
             )
 
-    train(method, model, tmp_path, callbacks=[*method.callbacks(), Watch()])
+    metrics = train(method, model, tmp_path, callbacks=[*method.callbacks(), Watch()])
     shares = [round(mask.float().mean().item(), 2) for mask in kept]
+    assert [line["mask_distance"] for line in metrics[1:]] == pytest.approx([1 - share for share in shares[1:]])
     assert shares[0] == 1 and 0.75 in shares and shares[6:] == [0.5] * 6  # Zhu & Gupta's cubic ramp, in steps of 1/4
     assert all(bool((later <= earlier).all()) for earlier, later in itertools.pairwise(kept))
 
@@ -436,6 +437,34 @@ def test_fp16_weights_are_refused() -> None:
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ast(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "left"),
+    [
+        ({"refresh": 10}, 10, "step 0, 4 of every 4, not 2:4"),  # the masks of step 10 would be the first
+        ({"pattern": "1:8", "refresh": 5, "milestone": 1.0}, 10, "step 5, 2 of every 8, not 1:8"),  # 1 + 7 / 2^3
+    ],
+)
+def test_a_gradual_mask_that_would_never_be_final_is_refused(
+    options: dict[str, Any], steps: int, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step, by the callback too. One step more is enough; without the check training is in vain."""
+    method = ast(mask="gradual", **options)
+    model = method.prepare(llama())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"in steps={steps} the last masks are those of {left}; train more steps"):
+        method.check_steps(steps)
+    with pytest.raises(ValueError, match="train more steps, or lower refresh or milestone"):
+        train(method, model, tmp_path / "refused", steps)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    train(method, model, tmp_path / "enough", steps + 1)
+    method.finalize(model)
+    monkeypatch.setattr(AST, "check_steps", lambda self, steps: None)
+    model = method.prepare(llama())
+    train(method, model, tmp_path / "in vain", steps)
+    with pytest.raises(RuntimeError, match=r"not .* yet"):
+        method.finalize(model)
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
