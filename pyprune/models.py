@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,10 @@ def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = 
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if compressed_tensors.is_bitmask(path):
             del config.quantization_config
-            model = _fill(config, kind, compressed_tensors.read(path))
+            model = _fill(_empty(config, kind), compressed_tensors.read(path))
         elif hasattr(config, "block_widths"):
             folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
-            files = sorted(folder.glob("*.safetensors"))
-            model = _fill(config, kind, {name: t for file in files for name, t in load_file(file).items()})
+            model = _open_uneven(_empty(config, kind), sorted(folder.glob("*.safetensors")))
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
@@ -116,21 +115,41 @@ def open_model(path: str | Path, dtype: str = "auto", trust_remote_code: bool = 
     return nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _fill(config: Any, dtype: torch.dtype | str, state: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A model with these weights. Where blocks differ in heads and channels, which stock code cannot build, it is cut
-    to the config's widths before there is any memory behind it."""
+def _empty(config: Any, dtype: torch.dtype | str) -> Any:
+    """The model of a config without memory behind it, cut to the config's widths where blocks differ in heads and
+    channels, which stock code cannot build."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
-    removal.as_config(model)
-    kind = next(model.parameters()).dtype
+    return removal.as_config(model)
+
+
+def _open_uneven(model: Any, files: Sequence[Path]) -> nn.Module:
+    """An empty model of uneven widths with the weights of `files`, dense or packed: what `from_pretrained` does."""
+    from pyprune.quantizer import SparseConfig, SparseQuantizer
+
+    packed = getattr(model.config, "quantization_config", None)
+    if packed is not None:
+        model.hf_quantizer = SparseQuantizer(SparseConfig.from_dict(packed))
+        model.hf_quantizer.preprocess_model(model, checkpoint_files=files)
+    _fill(model, {name: tensor for file in files for name, tensor in load_file(file).items()})
+    if packed is not None:
+        model.hf_quantizer.postprocess_model(model)
+    return model
+
+
+def _fill(model: Any, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """An empty model with these weights, in its own dtype. Raises ValueError unless they are those that it has."""
+    tensors = {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in state.items()}
     try:
-        model.load_state_dict({name: t.to(kind) for name, t in state.items()}, strict=False, assign=True)
+        unexpected = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     except RuntimeError as error:
         raise ValueError(f"its weights are not of the config's shapes: {error}") from error
     model.tie_weights()
-    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise ValueError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    for names, problem in ((missing, "are missing"), (unexpected, "are in the files that the model has no place for")):
+        if names:
+            raise ValueError(f"{len(names)} tensors {problem}, the first is {names[0]}")
     return model.eval()

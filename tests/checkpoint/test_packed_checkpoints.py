@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import pyprune
-from pyprune import checkpoint, models, quantizer
+from pyprune import checkpoint, models, packing, quantizer, removal
 from pyprune.masked import MaskedLinear, MaskRule
 from pyprune.modules import SparseLinear
 
@@ -269,6 +269,59 @@ def test_lora_trains_on_a_loaded_model(tmp_path: Path) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+# ----------------------------------------------------------------------------------------- blocks of different widths
+
+
+@pytest.fixture
+def uneven() -> nn.Module:
+    """2:4 in the attention, a bitmap in the MLPs and a dense linear; the first block has half of the channels."""
+    model = zero(zero(llama("0.0"), "2:4", only="self_attn"), "0.6", only="mlp")
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(1.0)
+    removal.remove_groups(model, {"block0_heads": [1], "block0_channels": range(0, 136, 2)})
+    return model
+
+
+@pytest.mark.parametrize("shards", ["5GB", "40KB"])
+def test_uneven_widths_are_opened_packed(shards: str, uneven: nn.Module, tmp_path: Path) -> None:
+    expected = logits(uneven)
+    report = checkpoint.save(uneven, None, tmp_path / "packed", max_shard_size=shards)
+    assert report.packed == 13
+    loaded = models.open_model(tmp_path / "packed").cpu()
+    layers = {layer.name: layer.format for layer in report.layers if layer.format != "dense"}
+    found = quantizer.packed_linears(loaded)
+    assert {name: packing._format(linear.pattern) for name, linear in found.items()} == layers
+    assert all(torch.equal(linear.matrix(), uneven.get_submodule(name).weight + 0.0) for name, linear in found.items())
+    assert not any(tensor.requires_grad for linear in found.values() for tensor in linear.packed().values())
+    torch.testing.assert_close(logits(loaded), expected, **CLOSE)
+    # and on: written as it is, in another dtype, unpacked
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(models.open_model(tmp_path / "again").cpu()), logits(loaded))
+    half = models.open_model(tmp_path / "packed", dtype="bfloat16").cpu()
+    assert {linear.values.dtype for linear in quantizer.packed_linears(half).values()} == {torch.bfloat16}
+    checkpoint.save_dense(loaded, None, tmp_path / "dense")
+    assert torch.equal(logits(models.open_model(tmp_path / "dense").cpu()), expected)
+
+
+def test_uneven_widths_with_damage_are_refused(uneven: nn.Module, tmp_path: Path) -> None:
+    checkpoint.save(uneven, None, tmp_path / "packed")
+    file = tmp_path / "packed" / "model.safetensors"
+    sound, name = load_file(file), "model.layers.0.mlp.up_proj"
+    offsets = sound[f"{name}.offsets"].clone()
+    offsets[1] += 8
+    for changed, message in (
+        ({f"{name}.offsets": offsets}, f"model.safetensors: the packed tensors of {name} do not agree"),
+        ({f"{name}.values": None}, f"tensor {name}.values is missing, which config.json lists as packed"),
+        ({"model.norm.weight": None}, "1 tensors are missing, the first is model.norm.weight"),
+        (
+            {"model.extra": torch.ones(2)},
+            "1 tensors are in the files that the model has no place for, the first is mod",
+        ),
+    ):
+        save_file({key: tensor for key, tensor in (sound | changed).items() if tensor is not None}, file)
+        with pytest.raises(models.ModelError, match=message):
+            models.open_model(tmp_path / "packed")
 
 
 # ------------------------------------------------------------------------------------------------- compressed-tensors
