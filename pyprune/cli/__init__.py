@@ -57,15 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _handled(args: Options, error: Exception) -> int:
-    from pyprune.training import DivergedError, InterruptedTraining
-
     if args.debug:
         raise error
-    codes: dict[type[Exception], int] = {InterruptedTraining: 130, DivergedError: 1, ValueError: 2, OSError: 2}
+    codes: dict[type[Exception], int] = {ValueError: 2, OSError: 2}
+    training = sys.modules.get("pyprune.training")  # not imported here: it needs torch, which `report` has no use for
+    if training is not None:
+        codes |= {training.InterruptedTraining: 130, training.DivergedError: 1}
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), None)
     if code is None:
         raise error  # a fault of ours: show all of it
-    hint = "; continue with --resume" if isinstance(error, InterruptedTraining) else ""
+    hint = "; continue with --resume" if code == 130 else ""
     return _failed(args, f"{error}{hint}", code)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +28,8 @@ NEEDED = "pip install pyprune[report]"
 def make(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     """Writes report.html, report.txt and a PNG for each picture to `out`, over those of an earlier report.
 
-    Without the extra `report` (matplotlib and jinja2), report.txt alone, and `problems` says what to install.
+    Without matplotlib the page says what to install in the place of each picture; without jinja2 there is no page, and
+    `problems` says so.
 
     Returns:
         `problems` (one line each), `files` (written), `runs` and `tables` as plain data.
@@ -41,14 +43,7 @@ def make(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     problems += [f"{run.label}: {problem}" for run in runs for problem in run.problems]
     found = all_tables(runs)
     out.mkdir(parents=True, exist_ok=True)
-    written = []
-    try:
-        written += _illustrated(runs, found, problems, out)
-    except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "jinja2"):
-            raise
-        problems.append(f"no page and no pictures: {error.name} is not installed; {NEEDED}")
-    written.append(out / "report.txt")
+    written = [*_illustrated(runs, found, problems, out), out / "report.txt"]
     result = {
         "out": str(out),
         "files": [str(path) for path in written],
@@ -62,16 +57,28 @@ def make(folders: Sequence[Path], out: Path) -> dict[str, Any]:
 
 
 def _illustrated(runs: Sequence[Run], found: Sequence[Table], problems: list[str], out: Path) -> list[Path]:
-    """Writes the pictures and the page; returns their paths."""
-    import matplotlib  # noqa: F401 (before anything is written)
-
+    """Writes the pictures and the page, as far as their packages are there; returns their paths."""
     from pyprune.report import figures
     from pyprune.report.page import page
 
-    pictures = {out / f"{picture.name}.png": picture for picture in figures.pictures(runs)}
-    drawn = [(picture, figures.draw(picture, path)) for path, picture in pictures.items()]
-    (out / "report.html").write_text(page(runs, found, drawn, problems), encoding="utf-8")
-    return [out / "report.html", *pictures]
+    pictures = figures.pictures(runs)
+    paths: list[Path] = []
+    drawn = [(picture, "") for picture in pictures]
+    if _installed("matplotlib", "pictures", problems):
+        paths = [out / f"{picture.name}.png" for picture in pictures]
+        drawn = [(picture, figures.draw(picture, path)) for picture, path in zip(pictures, paths, strict=True)]
+    if _installed("jinja2", "page", problems):
+        (out / "report.html").write_text(page(runs, found, drawn, problems), encoding="utf-8")
+        paths.insert(0, out / "report.html")
+    return paths
+
+
+def _installed(package: str, what: str, problems: list[str]) -> bool:
+    """Whether the package that makes `what` is there; if not, the problems say so."""
+    if find_spec(package) is not None:
+        return True
+    problems.append(f"no {what}: {package} is not installed; {NEEDED}")
+    return False
 
 
 def show(result: Mapping[str, Any], file: IO[str] | None = None, width: int | None = None, whole: bool = False) -> None:

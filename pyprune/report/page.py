@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from importlib.resources import files
 
 import pyprune
-from pyprune.report import figures, tables
+from pyprune.report import NEEDED, figures, tables
 from pyprune.report.figures import Picture
 from pyprune.report.reading import Run, clean
 from pyprune.report.tables import Table
@@ -40,7 +40,7 @@ def page(
     """The HTML of a report.
 
     Args:
-        pictures: each with its <svg>.
+        pictures: each with its <svg>, or "" where it could not be drawn.
         problems: what is wrong with the runs, in the order in which it is shown.
     """
     from jinja2 import Environment
@@ -60,6 +60,7 @@ def page(
         sections=[(title, list(groups.items())) for title, groups in sections.items() if groups],
         problems=problems,
         headline=tables.headline,
+        needed=NEEDED,
         options=_options,
         version=pyprune.__version__,
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

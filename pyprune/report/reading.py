@@ -210,8 +210,17 @@ def _json(run: Run, name: str) -> Record | None:
 
 
 def _stages(run: Run, name: str) -> dict[str, Record]:
-    records = {path.stem: _json(run, f"{name}/{path.name}") for path in sorted((run.folder / name).glob("*.json"))}
-    return {stage: record for stage, record in records.items() if record is not None}
+    """The records by their stages. Each has `seconds` (pyprune/runs.py); what has none was not written by a run."""
+    records = {}
+    for path in sorted((run.folder / name).glob("*.json")):
+        record = _json(run, f"{name}/{path.name}")
+        if record is not None and "seconds" not in record:
+            run.problems.append(
+                f"{clean(name)}/{clean(path.name)} is no record of a stage (it has no `seconds`) and is left out"
+            )
+        elif record is not None:
+            records[path.stem] = record
+    return records
 
 
 def _lines(run: Run, name: str) -> list[Record]:

@@ -156,11 +156,13 @@ def test_a_broken_run_is_reported_as_far_as_it_goes(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     (folder / "stages" / "speed.json").write_text('{"speedup": ')
     (folder / "stages" / "dense.json").write_text("[]")
+    (folder / "stages" / "lora.json").write_text('{"foo": 1}')
     result = numbers(tmp_path / "out", good, folder, tmp_path / "nowhere")
     problems = "\n".join(result["problems"])
     assert "run: metrics.jsonl: 3 lines are not JSON objects and left out, the first is line 4" in problems
     assert "run: metrics.jsonl: 1 lines name no stage or step" in problems
     assert "run: stages/speed.json cannot be read" in problems and "stages/dense.json holds no JSON object" in problems
+    assert "run: stages/lora.json is no record of a stage (it has no `seconds`) and is left out" in problems
     assert f"{tmp_path / 'nowhere'}: there is no such folder" in problems
     models = {(row["run"], row["model"]): row for row in rows(result, "models")}
     assert models["run", "dense"]["perplexity"] == 20.0  # the summary has it
@@ -256,7 +258,8 @@ def test_values_of_any_kind_are_survived(tmp_path: Path, value: Any) -> None:
 
 def test_figures_of_any_size_are_drawn(tmp_path: Path) -> None:
     folder = run_folders.tuned(tmp_path / "run", dense=1.0, ppl=1e30)
-    run_folders.write(folder / "stages" / "speed.json", {"speedup": {"decode": 1e30, "prefill": -1e30}})
+    speed = {"speedup": {"decode": 1e30, "prefill": -1e30}, "seconds": 1e30}
+    run_folders.write(folder / "stages" / "speed.json", speed)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     extreme = [line | {"loss": 1e30 * (-1) ** line["step"], "mask_going": 1e30, "mask_count": -3} for line in lines]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, extreme)))
@@ -337,20 +340,48 @@ def test_a_page_names_nothing_outside_itself(tmp_path: Path) -> None:
     assert html.count('<th scope="col"') >= tables_ > 5 and html.count('<th scope="row"') > tables_
 
 
-def test_without_matplotlib_or_torch_the_tables_are_made(tmp_path: Path) -> None:
-    folder = run_folders.tuned(tmp_path / "run")
+def without(packages: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`pyprune report` in a process that lacks these packages, and those that no report needs; its status is that of
+    the command."""
     code = f"""
 import sys
-sys.modules["matplotlib"] = None
+sys.modules |= dict.fromkeys("torch transformers peft {packages}".split())
 from pyprune.cli import main
-from pyprune.report import figures, page
-assert main(["report", {str(folder)!r}, "--out", {str(tmp_path / "out")!r}]) == 0
-assert not {{"torch", "transformers"}} & sys.modules.keys()
+sys.exit(main(["report", *{arguments!r}]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_without_matplotlib_the_page_has_the_tables(tmp_path: Path) -> None:
+    folder, out = run_folders.tuned(tmp_path / "run"), tmp_path / "out"
+    done = without("matplotlib", str(folder), "--out", str(out))
     assert done.returncode == 0, done.stderr
-    assert "no page and no pictures: matplotlib is not installed; pip install pyprune[report]" in done.stdout
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.txt"] and "20.00" in done.stdout
+    missing = "matplotlib is not installed; pip install pyprune[report]"
+    assert f"! no pictures: {missing}" in done.stdout and "20.00" in done.stdout
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.txt"]
+    html = (out / "report.html").read_text()
+    page, drawn = Text(html), figures.pictures(read_runs([folder])[0])
+    assert missing in page.text and "20.00" in page.text and "svg" not in page.tags
+    assert page.tags.count("figure") == len(drawn) == page.text.count("matplotlib is not installed: pip install") > 3
+    assert all(picture.title in page.text for picture in drawn) and 'role="img"' not in html
+
+
+def test_without_jinja2_there_are_pictures_and_no_page(tmp_path: Path) -> None:
+    done = without("jinja2", str(run_folders.pruned(tmp_path / "run")), "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert "! no page: jinja2 is not installed; pip install pyprune[report]" in done.stdout
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"pareto-size.png", "report.txt"} <= names and "report.html" not in names
+
+
+@pytest.mark.parametrize(
+    ("run", "out", "said"), [("nowhere", "out", "no such folder"), ("run", "file", "name a folder")]
+)
+def test_errors_need_no_torch(tmp_path: Path, run: str, out: str, said: str) -> None:
+    run_folders.pruned(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    done = without("", str(tmp_path / run), "--out", str(tmp_path / out))
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ real runs
