@@ -259,6 +259,8 @@ class Experiment:
     ) -> None:
         self.dense, self.corpus, self.recipe = dense, corpus, recipe
         self.baselines = [baseline for baseline in baselines if baseline != name]
+        for baseline in self.baselines:
+            like(baseline, method)  # raises when they cannot be compared
         self.trust_remote_code, self.progress = trust_remote_code, progress
         self._choose(name, method)
         self._dense: dict[str, Any] | None = None

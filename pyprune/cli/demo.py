@@ -34,14 +34,14 @@ def options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from pyprune.models import fast_dtype  # with torch, which the help of other commands need not wait for
 
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
-    experiment.add_options(parser, argv, "lora,prune-then-tune", DEMO | {"dtype": fast_dtype()})
+    experiment.add_options(parser, argv, ["lora", "prune-then-tune"], DEMO | {"dtype": fast_dtype()})
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from pyprune import data, runs
 
     recipe, method = from_fields(runs.Recipe, args), from_fields(find(args.method), args)
-    baselines = experiment.baselines(args.baselines)
+    baselines = experiment.baselines(args.baselines, method)
     config = experiment.configuration(args, recipe, method, baselines)
     log_to_stderr()
     with runs.open_run(args.out, config, args.resume, args.argv) as run:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from pyprune.cli.fields import add_fields
-from pyprune.methods import REGISTRY, find
+from pyprune.methods import REGISTRY, Method, find, like
 
 
-def add_options(parser: argparse.ArgumentParser, argv: list[str], baselines: str, defaults: dict[str, Any]) -> None:
-    """What demo and tune share: the run folder, the method and its options, the recipe."""
+def add_options(
+    parser: argparse.ArgumentParser, argv: list[str], baselines: Sequence[str], defaults: dict[str, Any]
+) -> None:
+    """What demo and tune share: the run folder, the method and its options, the recipe. By default it is compared with
+    those of the `baselines` that it can be."""
     from pyprune.runs import BASELINES, Recipe
 
     method = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -19,24 +23,29 @@ def add_options(parser: argparse.ArgumentParser, argv: list[str], baselines: str
     chosen = method.parse_known_args(argv)[0].method
     parser.add_argument("--method", default="pat", choices=list(REGISTRY), help="how to tune and prune (default: pat)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    if chosen in REGISTRY and not hasattr(find(chosen), "ratio"):
+        baselines = [name for name in baselines if not hasattr(find(name), "ratio")]
+    default = ",".join(baselines)
     parser.add_argument(
         "--baselines",
-        default=baselines,
+        default=default,
         metavar="LIST",
-        help=f"what to compare with: {', '.join(BASELINES)} (separated by commas) or none (default: {baselines})",
+        help=f"what to compare with: {', '.join(BASELINES)} (separated by commas) or none (default: {default})",
     )
     if chosen in REGISTRY:
         add_fields(parser, find(chosen), defaults)
     add_fields(parser, Recipe, defaults)
 
 
-def baselines(text: str) -> list[str]:
+def baselines(text: str, method: Method) -> list[str]:
+    """The names in `text`. Raises ValueError for an unknown one and for one that `method` cannot be compared with."""
     from pyprune.runs import BASELINES
 
     names = [] if text == "none" else text.split(",")
     for name in names:
         if name not in BASELINES:
             raise ValueError(f"--baselines {text}: {name!r} is unknown; expected {', '.join(BASELINES)} or none")
+        like(name, method)
     return names
 
 

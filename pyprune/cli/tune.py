@@ -22,14 +22,14 @@ def options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     parser.add_argument("--eval-data", type=Path, metavar="FILE", help="held-out text (default: a tenth of --data)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder; the result is in DIR/model")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that the model brings")
-    experiment.add_options(parser, argv, "lora", {})
+    experiment.add_options(parser, argv, ["lora"], {})
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from pyprune import data, models, runs
 
     recipe, method = from_fields(runs.Recipe, args), from_fields(find(args.method), args)
-    baselines = experiment.baselines(args.baselines)
+    baselines = experiment.baselines(args.baselines, method)
     config = experiment.configuration(args, recipe, method, baselines) | {"model": args.model}
     for key, path in (("data", args.data), ("eval_data", args.eval_data)):
         config[key] = None if path is None else str(path)

@@ -86,7 +86,17 @@ def find(name: str) -> type[Any]:
 
 
 def like(name: str, other: Method) -> Method:
-    """The method `name` with every option that it shares with `other`, for a comparison on equal terms."""
+    """The method `name` with every option that it shares with `other`, for a comparison on equal terms.
+
+    Raises:
+        ValueError: it prunes a `ratio`, and `other` has none that would say how much.
+    """
     method = find(name)
-    shared = {field.name for field in dataclasses.fields(method)} & set(vars(other))
+    own = {field.name for field in dataclasses.fields(method)}
+    shared = own & set(vars(other))
+    if "ratio" in own - shared:
+        raise ValueError(
+            f"{name} prunes a ratio of the hidden channels, and {type(other).__name__} has no ratio to be compared at; "
+            "compare it with lora, or with a run of its own (slicegpt takes a target)"
+        )
     return method(**{key: getattr(other, key) for key in shared})

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from pyprune import methods
-from pyprune.cli import fields, main
+from pyprune.cli import demo, fields, main
 from pyprune.cli.log import log_to_stderr
 from pyprune.models import open_model
 from pyprune.runs import Experiment, Recipe
@@ -180,6 +180,10 @@ def test_bad_models_are_refused_and_nothing_written(
         ("--learning-rate -1", "learning_rate is -1.0; expected a positive"),
         ("--batch-size 9999", "fewer than batch_size=9999"),
         ("--baselines lora,wanda", "'wanda' is unknown; expected lora"),
+        (
+            "--method loraprune --target params=0.8 --baselines prune-then-tune",
+            "prune-then-tune prunes a ratio of the hidden channels, and LoRAPrune has no ratio",
+        ),
     ],
 )
 def test_bad_options_are_refused_and_nothing_written(
@@ -187,6 +191,13 @@ def test_bad_options_are_refused_and_nothing_written(
 ) -> None:
     assert message in refused(capsys, *tune(tiny_llama, text, tmp_path / "out", *options.split()))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("method", "expected"), [("pat", "lora,prune-then-tune"), ("slimgpt", "lora")])
+def test_the_demo_compares_with_what_it_can(method: str, expected: str) -> None:
+    parser = argparse.ArgumentParser()
+    demo.options(parser, ["--method", method])
+    assert parser.parse_args([]).baselines == expected
 
 
 def test_folders_that_are_not_this_run_are_refused_untouched(
