@@ -42,10 +42,10 @@ def covariance(model: nn.Module, batches: Iterable[Batch]) -> torch.Tensor:
     device = weight_of(decoder.embedding).device
     total = torch.zeros(decoder.hidden_size, decoder.hidden_size, dtype=torch.float64, device=device)
     tokens = 0
-    rows = torch.zeros(0, dtype=torch.bool, device=device)
+    rows: torch.Tensor | None = None  # of a batch without padding all count, and no mask is waited for
 
     def add(norm: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        x = args[0][rows]
+        x = args[0].flatten(0, -2) if rows is None else args[0][rows]
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + decoder.epsilon(norm))
         total.add_((x.T @ x).to(total))
@@ -58,9 +58,9 @@ def covariance(model: nn.Module, batches: Iterable[Batch]) -> torch.Tensor:
             ids: Any = batch.get("input_ids") if isinstance(batch, Mapping) else batch
             check_calibration(model, [ids], "batches")
             inputs = _inputs(batch, device)
-            rows = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            rows = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
             decoder.stack(**inputs, use_cache=False)
-            tokens += int(rows.sum())
+            tokens += inputs["input_ids"].numel() if rows is None else int(rows.sum())
     finally:
         for handle in handles:
             handle.remove()

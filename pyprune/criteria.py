@@ -339,10 +339,10 @@ def lora(model: nn.Module, batches: Sequence[Tensor], rank: int = 8, seed: int =
     _require(model, batches, "lora")
     names = list(describe(model).linear_names())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = model.training  # a fresh PeftModel says True of itself
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
-    training = adapted.training
     try:
         adapted.eval()
         decoder = describe(adapted)

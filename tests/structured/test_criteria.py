@@ -238,6 +238,14 @@ def test_criteria_without_data_say_so(criterion: str) -> None:
         score(tiny("llama"), None, criterion)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("criterion", ["activation", "wanda", "taylor", "taylor-mixed", "lora", "magnitude"])
+def test_a_model_stays_in_its_mode(criterion: str, training: bool) -> None:
+    model = tiny("llama").train(training)
+    score(model, BATCHES, criterion)
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_bad_input() -> None:
     model = tiny("llama")
     for returned, message in (
