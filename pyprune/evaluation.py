@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,6 +84,19 @@ def perplexity(
     nll_mean = total / tokens
     value = math.exp(nll_mean) if nll_mean < 700 else math.inf
     return Perplexity(value, nll_mean, tokens, window, stride)
+
+
+def check_recipe(recipe: Any, **least: int) -> None:
+    """Raises ValueError when a recipe cannot be measured with its `eval_window`, `eval_tokens`, `prompt_tokens` and
+    `new_tokens`, or another field is below its `least`. None stands for a default."""
+    for name, value in {**least, "eval_window": 2, "eval_tokens": 2, "prompt_tokens": 1, "new_tokens": 1}.items():
+        if getattr(recipe, name) is not None and getattr(recipe, name) < value:
+            raise ValueError(f"{name} is {getattr(recipe, name)}; expected at least {value}")
+    if recipe.eval_tokens is not None and recipe.eval_tokens < recipe.eval_window:
+        raise ValueError(
+            f"eval_tokens is {recipe.eval_tokens}, fewer than one eval_window of {recipe.eval_window}; give more "
+            "tokens or a smaller window"
+        )
 
 
 def _spans(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:

@@ -5,11 +5,12 @@ What `pyprune prune`, `pyprune compare` and the benchmarks share.
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from pyprune import checkpoint, evaluation
 from pyprune.blockwise import Step, check, prune, reads_text
 from pyprune.calibration import Keep
-from pyprune.data import DataError, Document, encode
+from pyprune.data import DataError, Document, TokenStream, encode
 from pyprune.methods import option
 from pyprune.models import open_model, open_skeleton, open_tokenizer
 from pyprune.runs import Run, environment, write_json
@@ -43,14 +44,7 @@ class Recipe:
     new_tokens: int = option(32, "tokens decoded to measure speed")
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("calibration_windows", 1),
-            ("calibration_window", 2),
-            ("batch_size", 1),
-            ("eval_window", 2),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        evaluation.check_recipe(self, calibration_windows=1, calibration_window=2, batch_size=1)
 
 
 def calibration_batches(documents: Iterable[Document], tokenizer: Any, recipe: Recipe) -> tuple[Tensor, ...]:
@@ -64,6 +58,21 @@ def calibration_batches(documents: Iterable[Document], tokenizer: Any, recipe: R
         )
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))[:wanted]
     return windows.ids[chosen].split(recipe.batch_size)
+
+
+def held_out_stream(
+    documents: Iterable[Document], tokenizer: Any, window: int, tokens: int | None = None
+) -> TokenStream:
+    """The text that perplexity is measured on, its first `tokens` (None: all). Raises DataError when that is less than
+    one window."""
+    whole = encode(documents, tokenizer)
+    text = TokenStream(whole.ids[:tokens], whole.labels[:tokens], whole.bos)
+    if len(text) < window:
+        raise DataError(
+            f"the held-out text has {len(text)} tokens, fewer than one eval_window of {window}; give more of it or a "
+            "smaller eval_window"
+        )
+    return text
 
 
 class Pruning:
@@ -84,17 +93,24 @@ class Pruning:
         progress: bool = False,
     ) -> None:
         """`method`: a `blockwise.BlockMethod`. `held_out`: may be empty; then no perplexity is measured."""
-        self.dense, self.method, self.recipe, self.then = dense, method, recipe, then
+        self.dense, self.recipe, self.then = dense, recipe, then
         self.trust_remote_code, self.progress = trust_remote_code, progress
-        check(open_skeleton(dense, trust_remote_code), method)
         self.tokenizer = open_tokenizer(dense, trust_remote_code)
-        self.calibration = calibration_batches(calibration, self.tokenizer, recipe) if reads_text(method) else ()
-        self.held_out = encode(held_out, self.tokenizer) if held_out else None
-        if self.held_out is not None and len(self.held_out) < recipe.eval_window:
-            raise DataError(
-                f"the held-out text has {len(self.held_out)} tokens, fewer than one eval_window of "
-                f"{recipe.eval_window}; give more of it or a smaller eval_window"
-            )
+        self._batches = cache(lambda: calibration_batches(calibration, self.tokenizer, recipe))
+        self._choose(method)
+        measured = (self.tokenizer, recipe.eval_window, recipe.eval_tokens)
+        self.held_out = held_out_stream(held_out, *measured) if held_out else None
+
+    def another(self, method: Any) -> Pruning:
+        """The same model, text and recipe with another method; the text is not encoded again."""
+        other = copy.copy(self)
+        other._choose(method)
+        return other
+
+    def _choose(self, method: Any) -> None:
+        check(open_skeleton(self.dense, self.trust_remote_code), method)
+        self.method = method
+        self.calibration = self._batches() if reads_text(method) else ()
 
     def __call__(self, run: Run) -> dict[str, Any]:
         """Does what is not done yet, writes summary.json and returns it."""
@@ -160,9 +176,8 @@ class Pruning:
     def _measure(self, path: str | Path) -> dict[str, Any]:
         assert self.held_out is not None
         text, window = self.held_out, self.recipe.eval_window
-        ids, labels = (x[: self.recipe.eval_tokens] for x in (text.ids, text.labels))
         model = open_model(path, self.recipe.dtype, self.trust_remote_code)
-        found = evaluation.perplexity(model, ids, window, labels=labels, bos=text.bos, progress=self.progress)
+        found = evaluation.perplexity(model, text.ids, window, labels=text.labels, bos=text.bos, progress=self.progress)
         return {"perplexity": asdict(found)}
 
 
@@ -180,6 +195,7 @@ class Comparison:
     """Several methods on one dense model: perplexity, size and speed side by side, in one table and one picture."""
 
     def __init__(self, prunings: Mapping[str, Pruning]) -> None:
+        """`prunings`: by name, `Pruning.another` of each other; their model and text are the first one's."""
         self.prunings = dict(prunings)
         self.first = next(iter(self.prunings.values()))
 

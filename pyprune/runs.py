@@ -222,21 +222,14 @@ class Recipe:
     repeats: int = option(5, "repeats of the measurement of speed (0: it is not measured)")
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "calibration_windows",
-            "prompt_tokens",
-            "new_tokens",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.repeats < 0:
-            raise ValueError(f"repeats is {self.repeats}; expected at least 0")
-        for name in ("window", "eval_window", "eval_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 2:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 2")
+        ones = dict.fromkeys(("steps", "batch_size", "accumulate", "calibration_windows"), 1)
+        zeros = dict.fromkeys(("warmup", "seed", "save_every", "repeats"), 0)
+        evaluation.check_recipe(self, window=2, **ones, **zeros)
+        if self.eval_stride is not None and not 1 <= self.eval_stride <= self.eval_window:
+            raise ValueError(
+                f"eval_stride is {self.eval_stride}; expected 1 to the eval_window of {self.eval_window}, so that no "
+                "token is skipped"
+            )
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected a positive number")
 

@@ -39,18 +39,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     runs.check_folder(args.out, config, args.resume)
     calibration, held_out = prune.documents(args, list(methods.values()))
     log_to_stderr()
-    prunings = {
-        name: oneshot.Pruning(
-            args.model,
-            method,
-            calibration,
-            held_out,
-            recipe,
-            trust_remote_code=args.trust_remote_code,
-            progress=True,
-        )
-        for name, method in methods.items()
-    }
+    first = oneshot.Pruning(
+        args.model,
+        next(iter(methods.values())),
+        calibration,
+        held_out,
+        recipe,
+        trust_remote_code=args.trust_remote_code,
+        progress=True,
+    )
+    prunings = {name: first.another(method) for name, method in methods.items()}
     with runs.open_run(args.out, config, args.resume, args.argv) as run:
         return oneshot.Comparison(prunings)(run)
 

@@ -12,7 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pyprune import blockwise, cli
+from pyprune import blockwise, cli, data, oneshot
+from pyprune.data import Document
+from pyprune.methods.magnitude import Magnitude
+from pyprune.methods.sparsegpt import SparseGPT
+from pyprune.methods.wanda import Wanda
 
 QUICK = "--calibration-windows 6 --calibration-window 32 --eval-window 64 --eval-tokens 640 --dtype float32"
 
@@ -107,6 +111,31 @@ def test_compare_writes_one_table_and_one_picture(
     assert f"{statistics.median(speeds):,.1f}" in next(line for line in table.splitlines() if "dense" in line)
 
 
+def test_methods_that_are_compared_share_one_encoded_text(
+    tiny_llama: Path, tokenizer: Any, prose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {name: [Document(f"{name} {prose}")] for name in ("calibration", "held out")}
+    encoded: list[str] = []
+
+    def encode(documents: Any, tokenizer: Any) -> Any:
+        encoded.append(documents[0].text.removesuffix(f" {prose}"))
+        return data.encode(documents, tokenizer)
+
+    monkeypatch.setattr(oneshot, "encode", encode)
+    recipe = oneshot.Recipe(calibration_windows=6, calibration_window=32, eval_window=64, eval_tokens=640)
+    first = oneshot.Pruning(tiny_llama, Magnitude(), *texts.values(), recipe)
+    assert encoded == ["held out"] and first.calibration == ()  # which looks at no text
+    wanda, sparsegpt = first.another(Wanda()), first.another(SparseGPT(pattern="2:4"))
+    assert encoded == ["held out", "calibration"]
+    assert wanda.calibration is sparsegpt.calibration and wanda.held_out is first.held_out is sparsegpt.held_out
+    expected = data.encode(texts["calibration"], tokenizer).windows(32).ids
+    assert {tuple(row) for row in torch.cat(wanda.calibration).tolist()} <= {tuple(row) for row in expected.tolist()}
+    assert torch.equal(first.held_out.ids, data.encode(texts["held out"], tokenizer).ids[:640])
+    assert (type(first.method), type(wanda.method), type(sparsegpt.method)) == (Magnitude, Wanda, SparseGPT)
+    with pytest.raises(ValueError, match="has 32 inputs, which groups of 5 do not"):
+        first.another(Magnitude(pattern="2:5"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -117,6 +146,12 @@ def test_compare_writes_one_table_and_one_picture(
         (["--pattern", "3:5", "--method", "magnitude", "--sparsity", "0.4"], "has 32 inputs, which groups of 5 do not"),
         (["--method", "magnitude", "--reconstruct"], "--reconstruct: magnitude shows a block no text"),
         (["--calibration-windows", "0"], "calibration_windows is 0; expected at least 1"),
+        (["--new-tokens", "0"], "new_tokens is 0; expected at least 1"),
+        (["--eval-tokens", "63"], "eval_tokens is 63, fewer than one eval_window of 64; give more tokens"),
+        (
+            ["--method", "magnitude", "--eval-data", "TEXT", "--eval-window", "16384", "--eval-tokens", "99999"],
+            "tokens, fewer than one eval_window of 16384; give more of it",
+        ),
         (
             ["--calibration", "TEXT", "--calibration-windows", "999"],
             "fewer than calibration_windows=999; give more text",

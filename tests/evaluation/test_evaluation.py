@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyprune import evaluation, timing
+from pyprune import evaluation, oneshot, runs, timing
 from pyprune.evaluation import latency, peak_memory, perplexity, speedup
+
+RECIPES = (oneshot.Recipe, runs.Recipe)
 
 
 def llama(hidden: int = 16, **options: Any) -> LlamaForCausalLM:
@@ -98,6 +100,26 @@ def test_a_model_that_computes_nan_is_refused() -> None:
     next(model.parameters()).data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not numbers"):
         perplexity(model, tokens(20), 8)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field", "wrong", "message"),
+    [
+        *((recipe, field, 0, "expected at least 1") for recipe in RECIPES for field in ("prompt_tokens", "new_tokens")),
+        *((recipe, field, 1, "expected at least 2") for recipe in RECIPES for field in ("eval_window", "eval_tokens")),
+        *((recipe, "eval_tokens", 511, "511, fewer than one eval_window of 512; give more") for recipe in RECIPES),
+        *((recipe, "batch_size", 0, "expected at least 1") for recipe in RECIPES),
+        (oneshot.Recipe, "calibration_window", 1, "expected at least 2"),
+        (runs.Recipe, "window", 1, "expected at least 2"),
+        (runs.Recipe, "eval_stride", 0, "expected 1 to the eval_window of 512, so that no token is skipped"),
+        (runs.Recipe, "eval_stride", 513, "expected 1 to the eval_window of 512"),
+        *((runs.Recipe, field, -1, "expected at least 0") for field in ("warmup", "save_every", "seed", "repeats")),
+    ],
+)
+def test_a_recipe_that_would_fail_late_is_refused(recipe: Any, field: str, wrong: int, message: str) -> None:
+    recipe(**{"eval_window": 512, "eval_tokens": 512})
+    with pytest.raises(ValueError, match=f"^{field} is {wrong}.*{message.removeprefix(f'{wrong}')}"):
+        recipe(**{"eval_window": 512, field: wrong})
 
 
 # ---- latency
