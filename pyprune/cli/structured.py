@@ -32,17 +32,24 @@ def add_calibration_windows(parser: argparse.ArgumentParser) -> None:
 
 def check_calibration_windows(args: argparse.Namespace) -> None:
     """Raises ValueError when one of the two makes no sense."""
-    for name, least in (("calibration_windows", 1), ("calibration_window", 2)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least {least}")
+    _check_least(args, calibration_windows=1, calibration_window=2)
+
+
+def _check_least(args: argparse.Namespace, **least: int) -> None:
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least {value}")
 
 
 def calibration_batches(args: argparse.Namespace) -> list[Any] | None:
     """The first windows of the calibration text, in batches of four; None without a text. Raises DataError when the
     text is shorter than one."""
+    from pyprune import data
+
     if args.calibration is None:
         return None
-    windows = _stream(args, args.calibration).windows(args.calibration_window)
+    documents, tokenizer = _documents(args, args.calibration)
+    windows = data.encode(documents, tokenizer).windows(args.calibration_window)
     return list(windows.ids[: args.calibration_windows].split(4))
 
 
@@ -63,6 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     method = method_of(args)
     check_calibration_windows(args)
+    _check_least(args, eval_window=2)
     config = {"command": "prune", "method": args.method, "model": args.model, **dataclasses.asdict(method)}
     for key, path in (("calibration", args.calibration), ("eval_data", args.eval_data)):
         config[key] = None if path is None else runs.file_digest(path)
@@ -71,10 +79,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     runs.check_method(method, args.model, args.trust_remote_code)
     if args.calibration is None and method.reads_text:
         raise ValueError(f"--method {args.method} reads text to choose what goes: give --calibration FILE")
-    batches = calibration_batches(args)
+    batches, held_out = calibration_batches(args), _held_out(args)
     with runs.open_run(args.out, config, args.resume, args.argv) as run:
         cut = run.stage("cut", lambda: _cut(args, method, batches, run))
-        measured = run.stage("measure", lambda: _measure(args, run)) if args.eval_data else {}
+        measured = run.stage("measure", lambda: _measure(args, held_out, run)) if held_out else {}
         counted = {key: value for key, value in cut.items() if key not in ("dense", "pruned")}
         summary = {**config, **counted, **measured, "model_pruned": str(run.model), **runs.environment()}
         runs.write_json(run.folder / "summary.json", summary)
@@ -98,17 +106,27 @@ def _cut(args: argparse.Namespace, method: Any, batches: list[Any] | None, run: 
     return counts | {"dense": before, "pruned": after}
 
 
-def _stream(args: argparse.Namespace, path: Path) -> Any:
+def _documents(args: argparse.Namespace, path: Path) -> tuple[list[Any], Any]:
+    """What a file holds, and the model's tokenizer."""
     from pyprune import data, models
 
     tokenizer = models.open_tokenizer(args.model, args.trust_remote_code)
-    return data.encode(data.read_documents(path, tokenizer), tokenizer)
+    return data.read_documents(path, tokenizer), tokenizer
 
 
-def _measure(args: argparse.Namespace, run: Any) -> dict[str, Any]:
+def _held_out(args: argparse.Namespace) -> Any:
+    """The text to measure on, None without one. Raises DataError when it cannot be measured on."""
+    from pyprune.oneshot import held_out_stream
+
+    if args.eval_data is None:
+        return None
+    return held_out_stream(*_documents(args, args.eval_data), args.eval_window)
+
+
+def _measure(args: argparse.Namespace, text: Any, run: Any) -> dict[str, Any]:
     from pyprune import evaluation, models
 
-    text, found = _stream(args, args.eval_data), {}
+    found = {}
     for name, path in (("dense", args.model), ("pruned", run.model)):
         model = models.open_model(path, args.dtype, args.trust_remote_code)
         measured = evaluation.perplexity(model, text.ids, args.eval_window, labels=text.labels, bos=text.bos)

@@ -109,6 +109,33 @@ def test_prune_by_whole_groups(
     assert "target was 'params=0.8' and is now 'params=0.7'" in answer(capsys, *other, "--resume", code=2)["error"]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "held_out", "message"),
+    [
+        (("--eval-window", "0"), None, "--eval-window is 0; expected at least 2"),
+        (("--eval-window", "64"), " \n", "is empty: it holds no text"),
+        (("--eval-window", "64"), "a short text", "the held-out text has 13 tokens, fewer than one eval_window of 64"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_cut(
+    wrong: tuple[str, ...],
+    held_out: str | None,
+    message: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, file = tmp_path / "run", tmp_path / "held_out.txt"
+    if held_out is not None:
+        file.write_text(held_out, encoding="utf-8")
+        wrong += ("--eval-data", str(file))
+    command = ("prune", str(tiny_llama), "--method", "slicegpt", "--target", "params=0.8", "--round-to", "4")
+    command += ("--calibration", text, "--calibration-window", "64", "--calibration-windows", "2", "--out", str(out))
+    assert message in answer(capsys, *command, *wrong, code=2)["error"]
+    assert not out.exists()
+
+
 def test_tune_by_loraprune(tiny_llama: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     found = answer(
