@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import math
 import os
 import shutil
@@ -30,6 +31,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from pyprune.console import progress_bar
 from pyprune.data import TokenWindows
 from pyprune.head_loss import HeadLoss, applies
+
+log = logging.getLogger("pyprune")
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
@@ -66,12 +69,21 @@ def load_state(model: nn.Module, folder: Path) -> None:
     when names or shapes are not the same."""
     saved, own = load_file(folder / STATE), _state(model)
     if odd := sorted(own.keys() ^ saved.keys()):
-        raise ValueError(f"{folder} and the model differ in {len(odd)} trained tensors, the first is {odd[0]}")
+        raise ValueError(
+            f"{folder} and the model differ in {len(odd)} trained tensors, the first is {odd[0]}; "
+            f"{_RESUME_WITH_THE_SAME}"
+        )
     for name, tensor in own.items():
         if tensor.shape != saved[name].shape:
-            raise ValueError(f"{folder}: {name} is {list(saved[name].shape)}, the model's {list(tensor.shape)}")
+            raise ValueError(
+                f"{folder}: {name} is {list(saved[name].shape)}, the model's {list(tensor.shape)}; "
+                f"{_RESUME_WITH_THE_SAME}"
+            )
     for name, tensor in own.items():
         tensor.copy_(saved[name])
+
+
+_RESUME_WITH_THE_SAME = "resume with the model and options that the run began with, or train anew in another folder"
 
 
 def resume_state(model: nn.Module, step: int, resume: Path | None) -> None:
@@ -95,7 +107,8 @@ def resume_state(model: nn.Module, step: int, resume: Path | None) -> None:
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first. One is complete when its marker, written last, names files
     that are all there with the sizes that they had."""
-    return sorted((path for path in _numbered(folder) if _is_complete(path)), key=step_of)
+    complete = (path for path in _numbered(folder) if _marker(path) is not None and _damage(path) is None)
+    return sorted(complete, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -108,12 +121,26 @@ def _numbered(folder: Path) -> list[Path]:
     return [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[len("checkpoint-") :].isdigit()]
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _marker(checkpoint: Path) -> dict[str, Any] | None:
+    """The `files` of a checkpoint with their sizes, and the `recipe` of its training. None: a save did not end."""
     try:
-        listed = json.loads((checkpoint / MARKER).read_text())
-    except (OSError, ValueError):
-        return False
-    return listed is not None and listed.items() <= _sizes(checkpoint).items()
+        marker = json.loads((checkpoint / MARKER).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # it is written atomically, so no kill did that
+        raise ValueError(f"{checkpoint / MARKER} is not what was written; move {checkpoint} away") from error
+    if marker is None or "files" in marker:
+        return marker
+    return {"files": marker, "recipe": {}}  # before recipes were kept, it was the files alone
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What has happened to a checkpoint since it was complete: the first file that is not as it was. None: nothing."""
+    sizes, marker = _sizes(checkpoint), _marker(checkpoint)
+    for name, size in marker["files"].items() if marker else ():
+        if sizes.get(name) != size:
+            return f"{name} has {sizes[name]} bytes, not {size}" if name in sizes else f"{name} is missing"
+    return None
 
 
 def _is_own(checkpoint: Path) -> bool:
@@ -127,9 +154,10 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what a kill in the middle of a save left in `folder`; what others put there stays."""
+    """Removes what a kill in the middle of a save left in `folder`; what others put there stays, and so does a
+    checkpoint that was complete and has lost a file since."""
     for path in _numbered(folder):
-        if _is_own(path) and not _is_complete(path):
+        if _is_own(path) and _marker(path) is None:
             shutil.rmtree(path)
 
 
@@ -142,23 +170,67 @@ def _refuse_checkpoints_of_others(folder: Path) -> None:
         )
 
 
+def _warn_of_damage(folder: Path) -> None:
+    """Says which checkpoints, newer than the one that training goes on from, have lost a file. Raises ValueError when
+    there is none to go on from: what is left of them may be all that there is of hours."""
+    good = latest_checkpoint(folder)
+    for path in sorted(_numbered(folder), key=step_of):
+        if (damage := _damage(path)) is None or (good and step_of(path) < step_of(good)):
+            continue
+        if good is None:
+            raise ValueError(
+                f"{path} was complete, but {damage}, and {folder} has no other checkpoint to go on from; put the file "
+                "back, or move the folder away to begin anew"
+            )
+        log.warning("%s was complete, but %s: training goes on from %s and writes it anew", path, damage, good.name)
+
+
+def _resumable(folder: Path, recipe: dict[str, Any], steps: int) -> Path | None:
+    """The checkpoint that a training of this recipe goes on from, None for a fresh start. Removes half a checkpoint.
+
+    Raises:
+        ValueError: a training of another recipe or of more steps is in the folder, or damaged checkpoints alone.
+        FileExistsError: a checkpoint of something else is.
+    """
+    _refuse_checkpoints_of_others(folder)
+    remove_partial(folder)
+    _warn_of_damage(folder)
+    resume = latest_checkpoint(folder)
+    if resume is None:
+        return None
+    known = _marker(resume)["recipe"]  # type: ignore[index]
+    for key, value in recipe.items():
+        if (before := known.get(key, value)) != value:
+            raise ValueError(
+                f"{key} is {value}, but {resume} was trained with {before}; go on with the same, or choose another "
+                "output_dir"
+            )
+    if step_of(resume) > steps:
+        raise ValueError(
+            f"steps is {steps}, but training has come to {resume} already; give at least {step_of(resume)} steps, or "
+            "choose another output_dir"
+        )
+    return resume
+
+
 class _CompleteCheckpoint(TrainerCallback):
     """Marks a checkpoint as begun, adds the trained tensors and, last of all, a list of it; then removes older ones."""
 
-    def __init__(self, keep: int) -> None:
-        self.keep = keep
+    def __init__(self, keep: int, recipe: dict[str, Any]) -> None:
+        self.keep, self.recipe = keep, recipe
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save:  # this callback is the last one that could ask for it
             checkpoint = _checkpoint(args, state)
             checkpoint.mkdir(parents=True, exist_ok=True)
             write_atomically(checkpoint / MARKER, "null")
+            (checkpoint / STATE).unlink(missing_ok=True)  # of a damaged checkpoint of this step, else it would stay
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = _checkpoint(args, state)
         if not (checkpoint / STATE).exists():  # a method's own callback may have written it
             save_state(kwargs["model"], checkpoint)
-        write_atomically(checkpoint / MARKER, json.dumps(_sizes(checkpoint)))
+        write_atomically(checkpoint / MARKER, json.dumps({"files": _sizes(checkpoint), "recipe": self.recipe}))
         for old in checkpoints(checkpoint.parent)[: -self.keep]:
             write_atomically(old / MARKER, "null")  # a kill inside the removal must not leave one that looks complete
             shutil.rmtree(old)
@@ -267,8 +339,10 @@ class Metrics(TrainerCallback):
     interruptions) and whatever the callback of a method, called earlier, has put into the Trainer's `logs`.
     """
 
-    def __init__(self, path: Path | None, stage: str, tokens_per_step: int, first_step: int, progress: bool) -> None:
-        self.path, self.stage, self.tokens_per_step, self.first_step = path, stage, tokens_per_step, first_step
+    def __init__(
+        self, path: Path | None, stage: str, tokens_read: Callable[[int], int], first_step: int, progress: bool
+    ) -> None:
+        self.path, self.stage, self.tokens_read, self.first_step = path, stage, tokens_read, first_step
         self.seconds_before = _cut_metrics(path, stage, first_step) if path else 0.0
         self.start = time.monotonic()
         self.bar = (
@@ -298,14 +372,15 @@ class Metrics(TrainerCallback):
             "stage": self.stage,
             "step": state.global_step,
             **{key: value for key, value in logs.items() if key != "epoch"},
-            "tokens": state.global_step * self.tokens_per_step,
+            "tokens": self.tokens_read(state.global_step),
             "seconds": round(self.seconds, 3),
         }
         if self.path:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if self.bar:
-            speed = (state.global_step - self.first_step) * self.tokens_per_step / (time.monotonic() - self.start)
+            tokens = self.tokens_read(state.global_step) - self.tokens_read(self.first_step)
+            speed = tokens / (time.monotonic() - self.start)
             self.bar.update(self.task, completed=state.global_step, loss=logs["loss"], speed=speed)
 
     def close(self) -> None:
@@ -411,11 +486,13 @@ def tune(
         arguments: further fields of `transformers.TrainingArguments`.
 
     Raises:
-        ValueError: the dataset is smaller than a batch, a checkpoint does not fit the model, or several processes or
-            GPUs would train; a Trainer with the method's callbacks is for these.
+        ValueError: the dataset is smaller than a batch, `output_dir` holds checkpoints of another model, of other
+            options or of more steps, or damaged ones alone, or several processes or GPUs would train; a Trainer with
+            the method's callbacks is for these.
         FileExistsError: a checkpoint of something else is in `output_dir`.
         DivergedError: loss or gradient not finite.
         InterruptedTraining: SIGINT or SIGTERM came; a checkpoint of the last step was written.
+        torch.OutOfMemoryError: in the words of this library: what to lower.
     """
     output_dir = Path(output_dir)
     if len(dataset) < batch_size:
@@ -450,26 +527,31 @@ def tune(
         )
     if training_arguments.n_gpu > 1:
         raise ValueError(f"{training_arguments.n_gpu} GPUs are visible, which {ONE_GPU}")
-    _refuse_checkpoints_of_others(output_dir)
-    tokens_per_step = batch_size * training_arguments.gradient_accumulation_steps * dataset.ids.shape[1]
-    remove_partial(output_dir)
-    resume = latest_checkpoint(output_dir)
+    recipe = _recipe(training_arguments, dataset)
+    resume = _resumable(output_dir, recipe, steps)
     if resume is not None:
         load_state(model, resume)
     done = step_of(resume) if resume else 0
-    logger = Metrics(metrics, stage, tokens_per_step, done, progress)
+    tokens_read = _tokens_read(training_arguments, dataset)
+    logger = Metrics(metrics, stage, tokens_read, done, progress)
     stop = _StopOnSignal()
     trainer = Trainer(
         model=model,
         args=training_arguments,
         train_dataset=dataset,
         optimizer_cls_and_kwargs=optimizer(training_arguments) if optimizer else None,
-        callbacks=[*callbacks, DivergenceGuard(), logger, stop, _CompleteCheckpoint(keep=2)],
+        callbacks=[*callbacks, DivergenceGuard(), logger, stop, _CompleteCheckpoint(2, recipe)],
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     if done < steps:
         try:
-            with stop.listening(), contextlib.closing(logger), _clear_disk_full(output_dir), _head_loss(model):
+            with (
+                stop.listening(),
+                contextlib.closing(logger),
+                _clear_disk_full(output_dir),
+                _clear_out_of_memory(),
+                _head_loss(model),
+            ):
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes the autocast off it
@@ -478,7 +560,30 @@ def tune(
     if done < steps:
         raise InterruptedTraining(f"stopped at step {done} of {steps}; the checkpoint of this step is in {output_dir}")
     model.zero_grad(set_to_none=True)
-    return Tuned(steps, steps * tokens_per_step, logger.seconds)
+    return Tuned(steps, tokens_read(steps), logger.seconds)
+
+
+def _recipe(args: TrainingArguments, dataset: TokenWindows) -> dict[str, Any]:
+    """What a resumed training must have in common with its beginning: which batches it reads, in which order, and the
+    learning rate, which the Trainer restores, so that another one would be ignored."""
+    return {
+        "batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "windows": list(dataset.ids.shape),
+    }
+
+
+def _tokens_read(args: TrainingArguments, dataset: TokenWindows) -> Callable[[int], int]:
+    """How many tokens so many steps read. No step of the Trainer reaches across epochs: the last one of each takes the
+    batches that are left."""
+    windows, length = dataset.ids.shape
+    if args.dataloader_drop_last:
+        windows -= windows % args.per_device_train_batch_size
+    whole = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    an_epoch = math.ceil(windows / whole)
+    return lambda steps: (steps // an_epoch * windows + steps % an_epoch * whole) * length
 
 
 def _mixes(model: nn.Module) -> bool:
@@ -513,6 +618,18 @@ def _clear_disk_full(folder: Path) -> Iterator[None]:
         good = checkpoints(folder)
         kept = f"{good[-1]} is complete, free space and resume" if good else "free space and start again"
         raise OSError(errno.ENOSPC, f"the disk filled while a checkpoint was written to {folder}; {kept}") from error
+
+
+@contextlib.contextmanager
+def _clear_out_of_memory() -> Iterator[None]:
+    """Adds to the allocator's words what a training can do about it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"out of memory in training ({str(error).splitlines()[0]}); begin anew with a smaller batch size and as "
+            "much more accumulation, which is the same step, with gradient checkpointing, or with a shorter window"
+        ) from error
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import math
 import multiprocessing
 import os
@@ -13,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import trial
 from transformers import TrainerCallback, TrainingArguments
-from trial import STEPS, At, model_of, train, train_in_process
+from trial import STEPS, At, model_of, train, train_in_process, windows
 
+from pyprune import training
 from pyprune.schedules import Schedule
 from pyprune.training import (
     DivergedError,
@@ -184,6 +188,94 @@ def test_a_checkpoint_with_a_file_cut_short_is_not_used(tmp_path: Path) -> None:
     assert_same(train(tmp_path), expected)
 
 
+@pytest.mark.parametrize("lost", ["optimizer.pt", "trained.safetensors"])
+def test_a_checkpoint_that_lost_a_file_is_kept_and_named(
+    lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be all that is left of hours: an older one is gone on from, and without one nothing is."""
+    expected = train(tmp_path)
+    older, newest = checkpoints(tmp_path / "checkpoints")
+    (newest / lost).unlink()
+    (newest / "mine.txt").write_text("kept")
+    assert_same(train(tmp_path), expected)
+    assert f"{newest} was complete, but {lost} is missing: training goes on from checkpoint-12" in caplog.text
+    assert checkpoints(tmp_path / "checkpoints") == [older, newest] and (newest / "mine.txt").exists()
+    for path in (older, newest):
+        (path / lost).unlink()
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    with pytest.raises(
+        ValueError, match=rf"checkpoint-12 was complete, but {lost} is missing, and .* put the file back"
+    ):
+        train(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == files
+
+
+def test_a_checkpoint_behind_the_newest_may_lose_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = train(tmp_path)
+    older, _ = checkpoints(tmp_path / "checkpoints")
+    (older / "optimizer.pt").unlink()
+    assert_same(train(tmp_path), expected)
+    assert (older / "trained.safetensors").exists() and "was complete" not in caplog.text
+
+
+def test_a_damaged_checkpoint_is_written_anew_when_its_step_is_reached(tmp_path: Path) -> None:
+    """Also its trained tensors, which the loop writes only where no method has."""
+    expected = train(tmp_path)
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    (newest / "optimizer.pt").unlink()
+    model = model_of(torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    save_state(model, newest)  # as another machine would have it: the same sizes
+    train(tmp_path)
+    load_state(model, newest)
+    assert_same({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, expected)
+
+
+def test_a_marker_that_cannot_be_read_keeps_its_checkpoint(tmp_path: Path) -> None:
+    train(tmp_path)
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    (newest / "complete.json").write_text("{")
+    with pytest.raises(ValueError, match=r"complete.json is not what was written; move .*checkpoint-13 away"):
+        train(tmp_path)
+    assert (newest / "trained.safetensors").exists()
+
+
+def test_a_marker_without_a_recipe_is_complete(tmp_path: Path) -> None:
+    """As they were before it was kept."""
+    expected = train(tmp_path)
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    files = json.loads((newest / "complete.json").read_text())["files"]
+    (newest / "complete.json").write_text(json.dumps(files))
+    assert latest_checkpoint(tmp_path / "checkpoints") == newest
+    assert_same(train(tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"steps": 5}, r"steps is 5, but training has come to .*checkpoint-6 already; give at least 6 steps"),
+        ({"batch_size": 4}, r"batch_size is 4, but .*checkpoint-6 was trained with 2; go on with the same"),
+        ({"seed": 1}, r"seed is 1, but .*checkpoint-6 was trained with 0"),
+        ({"learning_rate": 1e-3}, r"learning_rate is 0.001, but .*checkpoint-6 was trained with 0.01"),
+    ],
+)
+def test_another_training_does_not_go_on(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    train(tmp_path, steps=6)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, **changed)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_training_does_not_go_on_with_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, steps=6)
+    monkeypatch.setattr(trial, "WINDOWS", 9)
+    with pytest.raises(ValueError, match=r"windows is \[9, 12\], but .*checkpoint-6 was trained with \[10, 12\]"):
+        train(tmp_path)
+
+
 def test_a_file_that_was_added_to_a_checkpoint_does_no_harm(tmp_path: Path) -> None:
     expected = train(tmp_path)
     newest = latest_checkpoint(tmp_path / "checkpoints")
@@ -220,10 +312,12 @@ def test_a_state_of_another_model_changes_nothing(tmp_path: Path) -> None:
     model, other = model_of(torch.float32), torch.nn.Linear(2, 2)
     save_state(other, tmp_path)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"differ in .* trained tensors, the first is base_model"):
+    with pytest.raises(
+        ValueError, match=r"differ in .* trained tensors, the first is base_model.*; resume with the model"
+    ):
         load_state(model, tmp_path)
     wider = torch.nn.Linear(2, 3)
-    with pytest.raises(ValueError, match=r"weight is \[2, 2\], the model's \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"weight is \[2, 2\], the model's \[3, 2\]; resume with the model"):
         load_state(wider, tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -275,9 +369,53 @@ def test_metrics_hold_what_a_method_adds(tmp_path: Path) -> None:
     train(tmp_path, callbacks=[Figures()], stage="pat")
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["soft_count"] for line in lines] == [100 - step for step in range(1, STEPS + 1)]
-    assert lines[-1]["tokens"] == STEPS * 2 * 2 * 12
     assert {"stage", "step", "loss", "grad_norm", "learning_rate", "tokens", "seconds"} <= lines[0].keys()
     assert lines[0]["stage"] == "pat"
+
+
+class Read(TrainerCallback):
+    """Counts the tokens that the embedding looks up, over all interruptions; stops once behind step 7."""
+
+    def __init__(self) -> None:
+        self.now, self.steps, self.stop = 0, [], True  # type: tuple[int, list[int], bool]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].get_input_embeddings().register_forward_hook(self.count)
+
+    def count(self, module: Any, args: tuple[torch.Tensor], output: Any) -> None:
+        self.now += args[0].numel()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(self.now)
+        if self.stop and state.global_step == 7:
+            self.stop, control.should_save, control.should_training_stop = False, True, True
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "more"), [(2, 2, {}), (4, 4, {}), (3, 2, {}), (3, 2, {"dataloader_drop_last": False})]
+)
+def test_tokens_are_those_that_were_read(batch: int, accumulate: int, more: dict[str, Any], tmp_path: Path) -> None:
+    """The last step of an epoch takes the batches that are left, and a resumed run counts as an unbroken one."""
+    read = Read()
+    options = {"batch_size": batch, "gradient_accumulation_steps": accumulate, "callbacks": [read], **more}
+    for _ in range(2):
+        with contextlib.suppress(InterruptedTraining):
+            tuned = training.tune(
+                model_of(torch.float32), windows(), tmp_path, steps=STEPS, metrics=tmp_path / "metrics.jsonl", **options
+            )
+    assert [line["tokens"] for line in read_metrics(tmp_path / "metrics.jsonl")] == read.steps
+    assert len(read.steps) == STEPS and tuned.tokens == read.now
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path: Path) -> None:
+    class Full(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"\(CUDA out .* 2.00 GiB.\); begin anew with a smaller batch size"
+    ):
+        train(tmp_path, callbacks=[Full()])
 
 
 def test_a_metrics_line_cut_short_is_dropped(tmp_path: Path) -> None:
