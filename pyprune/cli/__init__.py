@@ -1,8 +1,8 @@
 """The command line. Results go to stdout (with --json as one object), everything else to stderr.
 
-Exit codes: 0 done; 1 the run failed (a loss that is not finite); 2 bad input; 130 interrupted, continue with --resume.
-Each command is a file of its name with what `Command` lists. torch is imported only by the command that needs it, so
-that `pyprune --help` is quick.
+Exit codes: 0 done; 1 the run failed (a loss that is not finite); 2 bad input, or too little memory; 130 interrupted,
+continue with --resume. Each command is a file of its name with what `Command` lists. torch is imported only by the
+command that needs it, so that `pyprune --help` is quick.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def _handled(args: Options, error: Exception) -> int:
     if args.debug:
         raise error
     codes: dict[type[Exception], int] = {ValueError: 2, OSError: 2}
-    training = sys.modules.get("pyprune.training")  # not imported here: it needs torch, which `report` has no use for
+    torch, training = map(sys.modules.get, ("torch", "pyprune.training"))  # not imported: `report` has no use for them
+    if torch is not None:
+        codes |= {torch.OutOfMemoryError: 2}
     if training is not None:
         codes |= {training.InterruptedTraining: 130, training.DivergedError: 1}
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), None)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from pyprune import methods
 from pyprune.cli import demo, fields, main
@@ -422,6 +423,17 @@ def test_two_processes_cannot_share_a_run(
     with (finished / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "in use by another pyprune process" in refused(capsys, *tune(tiny_llama, text, finished, "--resume"))
+
+
+def test_too_little_memory_is_told_in_a_line(
+    tmp_path: Path, tiny_llama: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Trainer, *args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "training_step", full)
+    error = refused(capsys, *tune(tiny_llama, text, tmp_path / "out"))
+    assert "out of memory in training (CUDA out of memory. Tried to allocate 2.00 GiB.); begin anew with a" in error
 
 
 def test_a_loss_that_is_not_finite_is_a_failure(
