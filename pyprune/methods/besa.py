@@ -59,13 +59,12 @@ class BESA(OneShot):
         for name, known in {"rates": ("row", "layer"), "targets": ("pruned", "dense")}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(known)}")
-        if self.epochs < 1 or self.penalty < 0 or self.bits_group < 0:
-            raise ValueError(
-                f"epochs is {self.epochs}, penalty {self.penalty} and bits_group {self.bits_group}; expected at least "
-                "one epoch, and no negative number"
-            )
-        if min(self.learning_rate, self.spread, self.temperature, self.clipping_rate) <= 0:
-            raise ValueError("learning_rate, spread, temperature and clipping_rate must be positive")
+        for name, least in (("epochs", 1), ("penalty", 0), ("bits_group", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        for name in ("learning_rate", "spread", "temperature", "clipping_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
         if self.bits not in (0, 2, 3, 4, 5, 6, 7, 8):
             raise ValueError(f"bits is {self.bits}; expected 0 or 2 to 8")
 

@@ -279,9 +279,11 @@ def test_learnt_clipping_beats_rounding_afterwards() -> None:
         ({"pattern": "2:4"}, "pattern is '2:4', but BESA learns how much every row loses"),
         ({"rates": "block"}, "rates is 'block'; expected row or layer"),
         ({"targets": "x"}, "targets is 'x'; expected pruned or dense"),
-        ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": 0}, "epochs is 0; expected at least 1"),
+        ({"penalty": -1.0}, "^penalty is -1.0; expected at least 0"),
         ({"bits": 9}, "bits is 9; expected 0 or 2 to 8"),
-        ({"temperature": 0.0}, "must be positive"),
+        ({"temperature": 0.0}, "^temperature is 0.0; expected a positive number"),
+        ({"clipping_rate": -0.5}, "^clipping_rate is -0.5; expected a positive number"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
