@@ -310,53 +310,53 @@ class UnifiedMask(_OwnOptimizer):
     @torch.no_grad()
     def learn(self, step: int, milestone: int) -> dict[str, float]:
         """Moves the proxies by the gradient that has gathered; returns figures for the log."""
-        target = self.target(step + 1, milestone)
-        active_before = abs(self.count() - target) / self.kept
+        target, before = self.target(step + 1, milestone), self.count()
         slope = temperature(step, milestone) or 1e-3  # at s = 0 the mask does not depend on w; its order still does
         sigmoid = torch.sigmoid(slope * self.proxy)
         self._adam(self.proxy, self._take_gradient() * slope * sigmoid * (1 - sigmoid), self.learning_rate)
         ends = torch.where(self.proxy > 0, 0.5, -0.5)
         self.proxy += self.PULL * self.learning_rate * (ends - self.proxy)
         self._meet(target)
-        figures = {"mask_count": self.count(), "mask_target": target, "active_loss": active_before}
-        return figures | self._spread()
+        return self._figures(before, target)
 
-    def _spread(self) -> dict[str, float]:
-        """The mask of this step, for the log: of as many of the smallest values as are to go, the mean and the largest;
-        of those that stay, the smallest and the mean."""
+    def _figures(self, before: Tensor, target: int) -> dict[str, float]:
+        """For the log, in one transfer: the counts before and now; and the mask of this step: of as many of the
+        smallest values as are to go, the mean and the largest; of those that stay, the smallest and the mean."""
         ranked = self.value.detach().sort().values
         going, staying = ranked.split([len(ranked) - self.kept, self.kept])
         names = ("mask_going", "mask_going_max", "mask_staying_min", "mask_staying")
-        figures = torch.stack([going.mean(), going[-1], staying[0], staying.mean()])
-        return dict(zip(names, figures.tolist(), strict=True))
+        counts = before.to(ranked), self.count().to(ranked)
+        was, now, *spread = torch.stack([*counts, going.mean(), going[-1], staying[0], staying.mean()]).tolist()
+        figures = {"mask_count": int(now), "mask_target": target, "active_loss": abs(was - target) / self.kept}
+        return figures | dict(zip(names, spread, strict=True))
 
     def target(self, step: int, milestone: int) -> int:
         """How many proxies are to be positive at `step`."""
         ramp = Schedule(len(self.proxy), self.kept, math.ceil(self.ANNEALED * milestone), shape="linear")
         return round(ramp(step))
 
-    def count(self) -> int:
-        """How many proxies are positive."""
-        return int((self.proxy > 0).sum())
+    def count(self) -> Tensor:
+        """How many proxies are positive, a scalar on their device."""
+        return (self.proxy > 0).sum()
 
     def _meet(self, target: int) -> None:
-        if self.count() == target:
-            return
         order = self.proxy.sort(descending=True).values
         below = order[target] if target < len(order) else order[-1] - 2e-4
-        self.proxy -= (order[target - 1] + below) / 2
+        shift = (order[target - 1] + below) / 2
+        self.proxy -= shift.masked_fill(self.count() == target, 0)
 
     @torch.no_grad()
     def freeze(self) -> tuple[None, Tensor]:
         """No rotation, and the channels that stay: the `kept` largest proxies.
 
         Raises:
-            RuntimeError: the soft count misses the target by more than 1 %, so that the choice would be a cut.
+            RuntimeError: the count misses the target by more than 1 %, so that the choice would be an arbitrary one.
         """
-        if abs(self.count() - self.kept) > 0.01 * self.kept:
+        count = int(self.count())
+        if abs(count - self.kept) > 0.01 * self.kept:
             raise RuntimeError(
-                f"the mask keeps {self.count()} channels at the milestone, not {self.kept}; it got too few steps to "
-                "reach its target: raise milestone or the number of steps"
+                f"the mask keeps {count} channels at the milestone, not {self.kept}, though each step sets the count; "
+                "its proxies are not finite, or equal: look at the loss, and lower mask_learning_rate"
             )
         return None, self.proxy.topk(self.kept).indices.sort().values.cpu()
 
@@ -394,7 +394,7 @@ class LearnedSubspace(_OwnOptimizer):
     def forward(self, x: Tensor, hsm: HSM | None) -> Tensor:
         """x [..., d], a writer's output -> [..., d], transformed by its HSM if it has one, without U's share."""
         z = x if hsm is None else hsm(x, self.get_buffer("everything"))
-        u = self.value.to(z.dtype)
+        u = self.value.to(z.dtype)  # by each writer: of one for all, z's dtype would have to hold the sum of gradients
         return z - ((1 - self.mask) * (z @ u)) @ u.T
 
     def begin(self, step: int, milestone: int) -> None:

@@ -209,6 +209,7 @@ class _Tuning:
         unwrap(model).add_module("loraprune", self.parts)
         _ignore_in_ddp(model, "loraprune.sentinel")
         self.masks: dict[str, Tensor | None] = dict.fromkeys(dense)
+        self.left = dict(dense)  # groups that count
         self.resume: Path | None = None
         self.squares: dict[str, Tensor] = {}  # of this step's activations
         self.ids: list[Tensor] = []  # what the last forward pass read, for a criterion that is a function
@@ -243,12 +244,25 @@ class _Tuning:
         """The model as it is now."""
         return describe(self.model)
 
+    def begin(self) -> None:
+        """Before the first step, when the model is where it will be trained and a resumed run has loaded `alive`."""
+        self.present = {name: index.to(self.sentinel.device) for name, index in self.present.items()}
+        self.count()
+        self.renew_masks()
+
+    def count(self) -> None:
+        """Reads from the device, once for all, how many groups count; `mask` keeps the numbers from then on."""
+        counts = torch.stack([self.alive(name).sum() for name in self.dense]).tolist()
+        self.left = dict(zip(self.dense, map(int, counts), strict=True))
+
     def renew_masks(self) -> None:
         """Makes the masks in the forward pass those of `alive`; None where nothing that is there is masked."""
         for groups in self.decoder.groups():
-            left = self.alive(groups.name)[self.present[groups.name].to(self.alive(groups.name).device)]
-            whole = bool(left.all())
-            self.masks[groups.name] = None if whole else left.repeat_interleave(groups.writer.width)
+            present = self.present[groups.name]
+            if self.left[groups.name] == len(present):
+                self.masks[groups.name] = None
+            else:
+                self.masks[groups.name] = self.alive(groups.name)[present].repeat_interleave(groups.writer.width)
 
     def begin_step(self, scored: bool) -> None:
         """Before a step's first pass: watches its activations, if they count, and sends a gradient of known size, which
@@ -263,9 +277,9 @@ class _Tuning:
         return 1.0 if gradient is None else float(gradient) / SENTINEL
 
     @torch.no_grad()
-    def score(self) -> bool:
+    def score(self) -> None:
         """Moves the averages by the scores of this step's gradients or activations, the mean over all processes. A step
-        whose scores are not finite is left out and counted; returns whether this one was."""
+        whose scores are not finite is left out and counted, both on the device: nothing waits for it."""
         clipped = self.take_clip_factor()
         groups = self.decoder.groups()
         alive = {g.name: self.alive(g.name)[self.present[g.name]] for g in groups}
@@ -279,23 +293,22 @@ class _Tuning:
         else:
             scores = criteria.lora_scores(groups, clipped, alive)
         flat = _mean_over_processes(torch.cat(list(scores.values())))
-        if not torch.isfinite(flat).all():
-            self.parts.get_buffer("skipped_steps").add_(1)
-            return False
+        finite = torch.isfinite(flat).all()
+        self.parts.get_buffer("skipped_steps").add_(~finite)
         for g, values in zip(groups, flat.split([g.count for g in groups]), strict=True):
             average, there = self.average(g.name), self.present[g.name]
-            average[there] = self.options.decay * average[there] + (1 - self.options.decay) * values.to(average)
-        return True
+            moved = self.options.decay * average[there] + (1 - self.options.decay) * values.to(average)
+            average[there] = torch.where(finite, moved, average[there])
 
     @torch.no_grad()
     def mask(self, share: float) -> None:
         """Masks the groups of lowest average until `share` of all that is to go has gone. None comes back."""
-        for name, count in self.dense.items():
+        rankings = torch.cat([self.average(name).masked_fill(self.alive(name) == 0, -math.inf) for name in self.dense])
+        split = rankings.cpu().split(list(self.dense.values()))
+        for (name, count), ranking in zip(self.dense.items(), split, strict=True):
             left = count - math.floor(share * (count - self.final[name]) + 0.5)
-            alive = self.alive(name)
-            ranking = self.average(name).masked_fill(alive == 0, -math.inf).cpu()
-            kept = plan.best(ranking, min(left, int(alive.sum())))
-            alive.zero_()[kept] = 1
+            self.left[name] = min(left, self.left[name])
+            self.alive(name).zero_()[plan.best(ranking, self.left[name])] = 1
         self.renew_masks()
 
     @torch.no_grad()
@@ -311,11 +324,15 @@ class _Tuning:
     @property
     def done(self) -> bool:
         """Whether the model's masked shape is the target's."""
-        return all(int(self.alive(name).sum()) == count for name, count in self.final.items())
+        return self.left == self.final
 
     def share_left(self) -> float:
         """Groups that count, over all that there were."""
-        return sum(float(self.alive(name).sum()) for name in self.dense) / sum(self.dense.values())
+        return sum(self.left.values()) / sum(self.dense.values())
+
+    def figures(self) -> dict[str, float]:
+        """For the log."""
+        return {"groups_left": self.share_left(), "scores_skipped": int(self.parts.get_buffer("skipped_steps"))}
 
     def save(self, folder: Path) -> None:
         """Writes what `prepare(resume=folder)` needs."""
@@ -324,6 +341,7 @@ class _Tuning:
         save_file(tensors | {f"present/{name}": index for name, index in self.present.items()}, folder / STRUCTURE)
 
     def finish(self, model: nn.Module) -> nn.Module:
+        self.count()  # a resumed run that had nothing left to train has loaded `alive` since
         if not self.done:
             raise RuntimeError(
                 f"LoRAPrune.finalize: training has masked {1 - self.share_left():.0%} of the groups and not reached "
@@ -350,7 +368,6 @@ class _Callback(TrainerCallback):
 
     def __init__(self, tuning: _Tuning) -> None:
         self.tuning = tuning
-        self.figures: dict[str, float] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -359,7 +376,7 @@ class _Callback(TrainerCallback):
         check_arguments(args, "milestones=0" if options.milestones else None)
         self.schedule, self.events, self.cuts = schedule(options, state.max_steps)
         resume_state(self.tuning.model, state.global_step, self.tuning.resume)
-        self.tuning.renew_masks()  # a resumed run has loaded which groups are masked
+        self.tuning.begin()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -371,13 +388,11 @@ class _Callback(TrainerCallback):
     ) -> None:
         step = state.global_step + 1
         if step > self.schedule.milestone:
-            self.tuning.take_clip_factor()
+            self.tuning.sentinel.grad = None  # there for the norm of gradients only, whose sum has its order by it
             return
         self.tuning.score()
         if step in self.events:
             self.tuning.mask(self.schedule(step))
-        skipped = int(self.tuning.parts.get_buffer("skipped_steps"))
-        self.figures = {"groups_left": self.tuning.share_left(), "scores_skipped": skipped}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step in self.cuts | ({1} if self.cuts else set()):
@@ -388,8 +403,9 @@ class _Callback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs")
         if logs is not None and "loss" in logs:
-            logs |= self.figures  # for the callbacks behind this one
-            state.log_history[-1] |= self.figures
+            figures = self.tuning.figures()
+            logs |= figures  # for the callbacks behind this one
+            state.log_history[-1] |= figures
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:

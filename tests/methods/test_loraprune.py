@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods.reads import Reads
 from surgery.tiny_decoders import tiny, token_ids
 from torch import Tensor, nn
 from transformers import (
@@ -23,7 +24,7 @@ from transformers import (
 from pyprune import LoRAPrune
 from pyprune.architectures import describe, unwrap
 from pyprune.data import TokenWindows
-from pyprune.methods.loraprune import schedule
+from pyprune.methods.loraprune import _Callback, schedule
 from pyprune.models import open_model
 from pyprune.surgery import export, parameter_counts
 from pyprune.training import InterruptedTraining, read_metrics, tune
@@ -350,6 +351,21 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> N
     metrics = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["scores_skipped"] for line in metrics] == [0, 0, 1, 1]
     assert torch.equal(averages[1], averages[2]) and not torch.equal(averages[2], averages[3])
+
+
+def test_a_step_reads_one_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factor of clipping; none in the cool-down, whose sentinel nobody reads."""
+    original, counts = _Callback.on_pre_optimizer_step, []
+
+    def counted(self: _Callback, *args: Any, **kwargs: Any) -> None:
+        with Reads() as reads:
+            original(self, *args, **kwargs)
+        counts.append(reads.count)
+
+    monkeypatch.setattr(_Callback, "on_pre_optimizer_step", counted)
+    method = loraprune()
+    train(method, method.prepare(tiny("llama", False, torch.float32)), tmp_path)
+    assert counts == [1] * 18 + [0] * 2
 
 
 def test_masked_groups_stay_masked(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods.reads import Reads
 from surgery.tiny_decoders import WIDTH, tiny, token_ids
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -151,6 +152,25 @@ def test_proxies_follow_the_gradient() -> None:
         (mask.value * (unwanted - 0.5)).sum().backward()
         mask.learn(step, 20)
     assert mask.freeze()[1].tolist() == [1, 2, 4, 5, 7]
+
+
+def test_a_step_of_the_proxies_reads_one_number() -> None:
+    """Adam's own count of steps, besides the figures, which come together."""
+    mask = UnifiedMask(8, 5, 0.05)
+    for step in range(20):
+        mask.begin(step, 20)
+        (mask.value * torch.arange(8)).sum().backward()
+        with Reads() as reads:
+            mask.learn(step, 20)
+        assert reads.count == 1
+
+
+@pytest.mark.parametrize("number", [math.nan, 0.5])
+def test_proxies_that_choose_nothing_are_refused(number: float) -> None:
+    mask = UnifiedMask(8, 5, 0.1)
+    mask.proxy.fill_(number)
+    with pytest.raises(RuntimeError, match=r"keeps [08] channels .*, not 5, .* its proxies are not finite, or equal"):
+        mask.freeze()
 
 
 def test_learned_subspace_finds_the_directions_to_drop() -> None:
