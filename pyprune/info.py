@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +16,7 @@ import torch
 import pyprune
 from pyprune import _native, ops
 
+CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -26,12 +31,27 @@ def version_of(package: str) -> str:
 
 
 def processor() -> str:
-    """The processor's name as Linux tells it."""
+    """The processor's name as Linux tells it. Virtual machines hide the number in it ("AMD EPYC" is said by several
+    generations); then family and model follow."""
     try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        first = CPUINFO.read_text().partition("\n\n")[0]
+    except OSError:
+        first = ""
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if re.search(r"\d{3}", name.partition("@")[0]) or not {"cpu family", "model"} <= fields.keys():
+        return name
+    return f"{name} (family {fields['cpu family']} model {fields['model']})"
+
+
+def commit() -> str | None:
+    """The commit of the git checkout that this package lies in, if it does."""
+    root = Path(__file__).parent.parent
+    # an installed copy may lie inside somebody else's checkout
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None
 
 
 def _devices() -> list[dict[str, Any]]:

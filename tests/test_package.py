@@ -142,6 +142,34 @@ def test_info_tells_what_runs_where() -> None:
         assert {row["runs"] for row in info.report()["ops"]} == {"reference"}
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 25 model 17)"),
+        ("AMD EPYC-Milan Processor", "AMD EPYC-Milan Processor (family 25 model 17)"),
+        ("Intel(R) Xeon(R) CPU @ 2.900GHz", "Intel(R) Xeon(R) CPU @ 2.900GHz (family 25 model 17)"),
+        ("AMD EPYC 7763 64-Core Processor", "AMD EPYC 7763 64-Core Processor"),
+        ("Intel(R) Xeon(R) Platinum 8375C CPU @ 2.90GHz", "Intel(R) Xeon(R) Platinum 8375C CPU @ 2.90GHz"),
+    ],
+)
+def test_a_processor_without_a_number_of_its_own_has_family_and_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, shown: str
+) -> None:
+    monkeypatch.setattr(info, "CPUINFO", tmp_path / "cpuinfo")
+    one = f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: {name}\nstepping\t: 1\n\n"
+    info.CPUINFO.write_text(one + one.replace("17", "18"))
+    assert info.processor() == shown
+    info.CPUINFO.write_text(f"model name\t: {name}\n\n")
+    assert info.processor() == name
+
+
+def test_a_processor_that_linux_does_not_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(info, "CPUINFO", tmp_path / "nowhere")
+    monkeypatch.setattr(info.platform, "processor", lambda: "")
+    monkeypatch.setattr(info.platform, "machine", lambda: "aarch64")
+    assert info.processor() == "aarch64"
+
+
 # ------------------------------------------------------------------------------------------------------------ the build
 
 
