@@ -7,6 +7,7 @@ one runs instead, torch's dense product of the same zeros. Results are compared 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,12 @@ from pyprune import evaluation, ops, timing
 from pyprune.architectures import describe_blocks
 from pyprune.reference.bits import pack_bits
 
-SIZES = {"SmolLM2-135M": (576, 1536), "Llama-3.2-1B": (2048, 8192), "Llama-3-8B": (4096, 14336)}
+SIZES = {
+    "SmolLM2-135M": (576, 1536),
+    "Llama-3.2-1B": (2048, 8192),
+    "Llama-3-8B": (4096, 14336),
+    "Qwen3-8B": (4096, 12288),
+}
 """Hidden and intermediate size of models that people prune."""
 LARGEST_SOLVE = 2048
 """Columns of the largest linear that SparseGPT's solve is timed on: its time grows with their cube."""
@@ -61,8 +67,8 @@ class OpSpeed:
 
     Attributes:
         runs: the implementation that the op ran on.
-        p20, p50, p80: of the op; eager: the median of eager torch.
-        floor: what the call takes at least.
+        p20, p50, p80: of the op; eager, eager_p20, eager_p80: the median of eager torch, and its percentiles.
+        bytes, operations: the least that the call moves and multiplies, in `dtype`; floor: what that takes at least.
         graph: launches are left out.
     """
 
@@ -73,6 +79,11 @@ class OpSpeed:
     p50: float
     p80: float
     eager: float
+    eager_p20: float
+    eager_p80: float
+    bytes: int
+    operations: int
+    dtype: str
     floor: float
     graph: bool
 
@@ -97,7 +108,7 @@ def measure(case: Case, device: torch.device, rounds: int = 11, budget: float = 
             for name, (call, data) in sides.items()
         }
         times = timing.race(entrants, rounds, device, budget=budget, graphs=case.graphs)
-    ours = times["ours"]
+    ours, eager = times["ours"], times["eager"]
     return OpSpeed(
         op=case.op,
         label=case.label,
@@ -105,10 +116,21 @@ def measure(case: Case, device: torch.device, rounds: int = 11, budget: float = 
         p20=ours.p20,
         p50=ours.p50,
         p80=ours.p80,
-        eager=times["eager"].p50,
+        eager=eager.p50,
+        eager_p20=eager.p20,
+        eager_p80=eager.p80,
+        bytes=case.nbytes,
+        operations=case.operations,
+        dtype=str(case.dtype).removeprefix("torch."),
         floor=timing.floor(case.nbytes, case.operations, device, case.dtype),
-        graph=ours.graph and times["eager"].graph,
+        graph=ours.graph and eager.graph,
     )
+
+
+def with_floor(found: OpSpeed, device: torch.device) -> OpSpeed:
+    """The same beside the floor by the rates known now (`timing.measure_again`)."""
+    floor = timing.floor(found.bytes, found.operations, device, getattr(torch, found.dtype))
+    return dataclasses.replace(found, floor=floor)
 
 
 # -------------------------------------------------------------------------------------------------------------- cases
@@ -367,6 +389,7 @@ class ModelSpeed:
         first_token: of the prompt with the logits of its last token.
         token: of one more token for every sequence of the batch.
         first_token_floor, token_floor: what they take at least: reading the weights once, the products of the linears.
+        first_tokens, tokens: every repeat of both.
     """
 
     batch: int
@@ -374,6 +397,8 @@ class ModelSpeed:
     token: float
     first_token_floor: float
     token_floor: float
+    first_tokens: timing.Samples
+    tokens: timing.Samples
 
     @property
     def tokens_per_second(self) -> float:
@@ -398,17 +423,32 @@ class Load:
 
 
 def compare(found: Mapping[str, nn.Module], load: Load, progress: bool = False) -> dict[str, list[ModelSpeed]]:
-    """For every model, named as they are, its speed at each batch: all of them in turn within every repeat."""
-    speeds: dict[str, list[ModelSpeed]] = {name: [] for name in found}
-    for batch in load.batches:
-        measured = evaluation.latency(
+    """For every model, named as they are, its speed at each batch: all of them in turn within every repeat. Floors come
+    last, by rates that are measured once more."""
+    measured = {
+        batch: evaluation.latency(
             found, load.prompt_tokens, load.new_tokens, load.repeats, batch=batch, progress=progress
         )
-        for name, model in found.items():
-            times = measured[name]
-            floors = (_floor(model, batch * load.prompt_tokens, batch), _floor(model, batch, batch))
-            speeds[name].append(ModelSpeed(batch, times.prefill, times.decode, *floors))
-    return speeds
+        for batch in load.batches
+    }
+    timing.measure_again()
+    return {
+        name: [_model_speed(model, load, batch, times[name]) for batch, times in measured.items()]
+        for name, model in found.items()
+    }
+
+
+def _model_speed(model: nn.Module, load: Load, batch: int, times: evaluation.Latency) -> ModelSpeed:
+    """The times with their floors."""
+    return ModelSpeed(
+        batch,
+        times.prefill,
+        times.decode,
+        first_token_floor=_floor(model, batch * load.prompt_tokens, batch),
+        token_floor=_floor(model, batch, batch),
+        first_tokens=timing.Samples(tuple(times.prefill_all)),
+        tokens=timing.Samples(tuple(times.decode_all)),
+    )
 
 
 def _floor(model: Any, tokens: int, sequences: int) -> float:

@@ -32,6 +32,8 @@ SLOW = 0.5
 """Seconds of a first call from which on a second one tells nothing new of how many there may be."""
 LONG = 1e-2
 """Seconds of a product that is large enough to show what rate the device reaches."""
+DOUBTFUL = 1.1
+"""Times a limit's speed from which on it cannot be that of the limit by chance."""
 
 Run = Callable[[int], object]
 Data = tuple[Any, ...]
@@ -326,16 +328,43 @@ def _bytes(size: str) -> int:
     return int(size[:-1]) * units[size[-1]] if size[-1:] in units else int(size)
 
 
+def load() -> float:
+    """Processes that wanted a core in the last minute, on average; 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def busy(threads: int) -> bool:
+    """Whether others leave this machine less than a core for each of `threads`, so that wall times mean little."""
+    return load() + threads > (os.cpu_count() or 1) + 0.5
+
+
+def share(least: float, seconds: float) -> str:
+    """What part of a limit's speed is reached, such as "87%", with a word when that is more than the limit allows: the
+    limit was measured beside others' work, or data lay in a cache."""
+    return f"{'doubtful ' if least > DOUBTFUL * seconds else ''}{least / seconds:.0%}"
+
+
+_turns = [0]
+"""Measurements of each rate, of which the fastest counts."""
+
+
+def measure_again() -> None:
+    """`copy_bandwidth` and `matmul_rate` measure once more at their next call, and the fastest counts: what others did
+    during one measurement makes a rate too low, and nothing makes it too high."""
+    _turns.append(len(_turns))
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written together, of a copy far larger than the caches: the fastest of a few,
-    measured once per process (and number of threads)."""
-    return _copy_bandwidth(_indexed(device), torch.get_num_threads())
+    measured once per process (and number of threads), and again after `measure_again`."""
+    return max(_copy_bandwidth(_indexed(device), torch.get_num_threads(), turn) for turn in _turns)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second (an addition and a multiplication are two) of torch's product of two square matrices, the
-    second transposed as a linear's: the fastest of a few, measured once per process (and number of threads)."""
-    return _matmul_rate(_indexed(device), dtype, torch.get_num_threads())
+    second transposed as a linear's: the fastest of a few, measured once per process (and number of threads), and again
+    after `measure_again`."""
+    return max(_matmul_rate(_indexed(device), dtype, torch.get_num_threads(), turn) for turn in _turns)
 
 
 def floor(nbytes: int, operations: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -356,7 +385,7 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 @functools.cache
-def _copy_bandwidth(device: torch.device, threads: int) -> float:
+def _copy_bandwidth(device: torch.device, threads: int, turn: int) -> float:
     source = torch.ones(max(COLD * last_level_cache(device) // 2, 2**26), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     found = interleave({"copy": lambda _: target.copy_(source)}, 5, device, {"copy": 1})
@@ -364,7 +393,7 @@ def _copy_bandwidth(device: torch.device, threads: int) -> float:
 
 
 @functools.cache
-def _matmul_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+def _matmul_rate(device: torch.device, dtype: torch.dtype, threads: int, turn: int) -> float:
     """Sizes double until a product takes LONG: a processor may be a thousand times slower in one dtype than another."""
     size, seconds, rate = 256, 0.0, 0.0
     while seconds < LONG:

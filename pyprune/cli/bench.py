@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,6 @@ def options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from pyprune import info, timing
-
     if args.model is None and args.against is not None:
         raise ValueError(f"--against {args.against}: there is no MODEL to measure against it")
     wanted = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,30 +41,64 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.model is not None and args.device is not None:
         raise ValueError("--device is for the ops; a model runs on the GPU if there is one")
     device = torch.device(wanted)
-    rates = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float32)}
-    machine = {
-        "device": info.processor() if wanted == "cpu" else torch.cuda.get_device_name(),
-        "threads": torch.get_num_threads(),
-        "copy_bandwidth": timing.copy_bandwidth(device),
-        "matmul_rates": {name: timing.matmul_rate(device, dtype) for name, dtype in rates.items()},
+    machine = _machine(device)
+    _rates(device)  # measured before the run, and again at its end: others may be at work during one of them
+    found = _ops(device, args.quick) if args.model is None else _models(args)
+    return machine | _rates(device) | found
+
+
+def _machine(device: Any) -> dict[str, Any]:
+    """What is measured where and when; a warning on a CPU that others use."""
+    import torch
+
+    from pyprune import info, timing
+    from pyprune.console import console
+
+    threads, load = torch.get_num_threads(), timing.load()
+    if device.type == "cpu" and timing.busy(threads):
+        console.print(
+            f"load {load:.1f} beside {threads} threads: others are at work here, so neither times nor limits are to be "
+            "trusted; run this on an idle machine",
+            style="yellow",
+        )
+    return {
+        "device": info.processor() if device.type == "cpu" else torch.cuda.get_device_name(),
+        "threads": threads,
+        "load": load,
         "versions": {name: info.version_of(name) for name in PACKAGES},
+        "commit": info.commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
-    return machine | (_ops(device, args.quick) if args.model is None else _models(args))
+
+
+def _rates(device: Any) -> dict[str, Any]:
+    """The limits of the device, as far as they are known now (`timing.measure_again`)."""
+    import torch
+
+    from pyprune import timing
+
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float32)}
+    return {
+        "copy_bandwidth": timing.copy_bandwidth(device),
+        "matmul_rates": {name: timing.matmul_rate(device, dtype) for name, dtype in dtypes.items()},
+    }
 
 
 def _ops(device: Any, quick: bool) -> dict[str, Any]:
-    from pyprune import speed
+    from pyprune import speed, timing
     from pyprune.console import progress_bar
 
-    found = []
+    found: list[tuple[str, speed.OpSpeed]] = []
     with progress_bar("{task.fields[case]}") as bar:
         task = bar.add_task("ops", total=None, case="")
         for size in ("SmolLM2-135M",) if quick else speed.SIZES:
             for case in speed.cases(size, device, (1, 64) if quick else (1, 16, 256)):
                 bar.update(task, advance=1, case=f"{size}: {case.op} {case.label}")
-                measured = speed.measure(case, device, *((5, 0.2) if quick else ()))
-                found.append({"model": size, **dataclasses.asdict(measured)})
-    return {"ops": found}
+                found.append((size, speed.measure(case, device, *((5, 0.2) if quick else ()))))
+    timing.measure_again()
+    return {
+        "ops": [{"model": size, **dataclasses.asdict(speed.with_floor(one, device))} for size, one in found],
+    }
 
 
 def _models(args: argparse.Namespace) -> dict[str, Any]:
@@ -83,11 +116,20 @@ def _models(args: argparse.Namespace) -> dict[str, Any]:
             "path": path,
             "weight_bytes": memory[name].weights,
             "peak_bytes": memory[name].peak,
-            "speed": [{**dataclasses.asdict(one), "tokens_per_second": one.tokens_per_second} for one in speeds[name]],
+            "speed": [_speed(one) for one in speeds[name]],
         }
         for name, path in paths.items()
     }
     return {"models": found, **dataclasses.asdict(load)}
+
+
+def _speed(one: Any) -> dict[str, Any]:
+    """A `speed.ModelSpeed`, its repeats as percentiles."""
+    found = {**dataclasses.asdict(one), "tokens_per_second": one.tokens_per_second}
+    for name, samples in (("first_token", one.first_tokens), ("token", one.tokens)):
+        del found[f"{name}s"]
+        found |= {f"{name}_p20": samples.p20, f"{name}_p80": samples.p80}
+    return found
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -114,6 +156,8 @@ def show(result: dict[str, Any]) -> None:
 
     console = Console()
     console.print(_op_table(result["ops"]) if "ops" in result else _model_table(result["models"]))
+    if any(share.startswith("doubtful") for share in _shares(result)):
+        console.print("doubtful: faster than a limit, which was measured too low beside others' work, or read a cache")
     if any(_launched(row, result["ops"]) for row in result.get("ops", ())):
         console.print("* with the time to launch it, which reads a result back and cannot be a CUDA graph")
     for found in result.get("models", {}).values():
@@ -128,6 +172,16 @@ def show(result: dict[str, Any]) -> None:
     )
 
 
+def _shares(result: dict[str, Any]) -> list[str]:
+    """Of the limits' speed, as the tables show them."""
+    from pyprune import timing
+
+    pairs = [(row["floor"], row["p50"]) for row in result.get("ops", ())]
+    for one in (one for found in result.get("models", {}).values() for one in found["speed"]):
+        pairs += [(one[f"{name}_floor"], one[name]) for name in ("first_token", "token")]
+    return [timing.share(*pair) for pair in pairs]
+
+
 def _launched(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
     """Whether launches count for this one but not for others."""
     return not row["graph"] and any(other["graph"] for other in rows)
@@ -136,6 +190,8 @@ def _launched(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
 def _op_table(rows: list[dict[str, Any]]) -> Any:
     from rich import box
     from rich.table import Table
+
+    from pyprune import timing
 
     table = Table(title="ops on cold data, nm at 2:4: medians in ms", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("op", "pyprune", "torch", "gain", "limit", "reached"):
@@ -147,7 +203,7 @@ def _op_table(rows: list[dict[str, Any]]) -> Any:
             *(f"{1e3 * row[side]:.3g}" for side in ("p50", "eager")),
             f"{row['eager'] / row['p50']:.2f}x",
             f"{1e3 * row['floor']:.3g}",
-            f"{row['floor'] / row['p50']:.0%}",
+            timing.share(row["floor"], row["p50"]),
             end_section=index + 1 < len(rows) and rows[index + 1]["model"] != row["model"],
         )
     return table
@@ -156,6 +212,8 @@ def _op_table(rows: list[dict[str, Any]]) -> Any:
 def _model_table(models: dict[str, Any]) -> Any:
     from rich import box
     from rich.table import Table
+
+    from pyprune import timing
 
     table = Table(title="models in turn: medians", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("model", "batch", "first token, ms", "reached", "tokens/s", "reached"):
@@ -171,9 +229,9 @@ def _model_table(models: dict[str, Any]) -> Any:
                 "" if place else Path(found["path"]).name,
                 str(one["batch"]),
                 f"{1e3 * one['first_token']:,.1f}{first}",
-                f"{one['first_token_floor'] / one['first_token']:.0%}",
+                timing.share(one["first_token_floor"], one["first_token"]),
                 f"{one['tokens_per_second']:,.1f}{rate}",
-                f"{one['token_floor'] / one['token']:.0%}",
+                timing.share(one["token_floor"], one["token"]),
                 end_section=place + 1 == len(found["speed"]),
             )
     return table
