@@ -29,12 +29,14 @@ SHAPES = {
     "attention": (4096, 4096),
     "down": (4096, 11008),
     "gate and up": (28672, 4096),
+    "Qwen3-8B gate and up": (24576, 4096),
     "1B attention": (2048, 2048),
     "1B up": (5632, 2048),
     "1B down": (2048, 5632),
     "135M up": (1536, 576),
 }
-"""[out, in]: of Llama-2-7B, Llama-2-7B, and both halves of Llama-3-8B's MLP in one product; TinyLlama-1.1B, SmolLM2."""
+"""[out, in]: of Llama-2-7B, Llama-2-7B, and both halves of Llama-3-8B's MLP in one product, as of Qwen3-8B's;
+TinyLlama-1.1B, SmolLM2."""
 BOTH = (torch.bfloat16, torch.float32)
 
 

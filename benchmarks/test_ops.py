@@ -1,7 +1,8 @@
 """The micro view: every op and rival of bench_ops.py on the small weights of SmolLM2-135M, by pytest-benchmark.
 
     pytest benchmarks/ --benchmark-only
-    pytest benchmarks/ --benchmark-only -k "nm_linear and T=1" --benchmark-compare
+    pytest benchmarks/ --benchmark-only -k nm_linear --benchmark-autosave
+    pytest benchmarks/ --benchmark-only -k nm_linear --benchmark-compare         beside those kept last
 
 Each is checked first, and called on one data set after the other, so that these are cold. On a GPU a call ends when the
 device has done it: these are times with launches; bench_ops.py leaves launches out, and its contenders take turns.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,24 @@ import torch
 from pyprune import ops, timing
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_the_micro_views_commands_are_taken(tmp_path: Path) -> None:
+    """Those of its docstring, on a file that has one of its names and no benchmark, which takes long to collect."""
+    (tmp_path / "test_one.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('x', [0], ids=['nm_linear 576x1536 T=1 bfloat16 2:4'])\n"
+        "def test_op(x): ...\n"
+    )
+    commands = re.findall(r"^    pytest benchmarks/ (.*?)(?:   .*)?$", (BENCHMARKS / "test_ops.py").read_text(), re.M)
+    assert len(commands) == 3
+    for command in commands:
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "test_one.py", *shlex.split(command), "--collect-only"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0 and "test_op[nm_linear 576x1536" in run.stdout, run.stderr
 
 
 @pytest.fixture
