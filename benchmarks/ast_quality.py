@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import trials
+from csvs import Cell, read_csv
 from models import conditions
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from trials import Cell, add_rows, protocols, read_csv
+from trials import add_rows, protocols
 
 from pyprune import data, evaluation
 from pyprune.blockwise import prune
@@ -41,6 +42,10 @@ from pyprune.runs import environment, write_json
 from pyprune.training import latest_checkpoint, tune
 
 CSV = Path(__file__).with_name("ast_quality.csv")
+COLUMNS = (
+    "trial step tokens perplexity seconds steps batch_size window learning_rate warmup refresh calibration_windows "
+    "eval_tokens eval_window dtype seed date threads hardware torch commit"
+)
 PATTERN = "2:4"
 
 # of a trial's recipe: rows that share it are compared
@@ -269,7 +274,7 @@ def main() -> None:
     add_fields(parser, Recipe)
     arguments = parser.parse_args()
     if arguments.table:
-        print(tables(read_csv(CSV)))
+        print(tables(read_csv(CSV, COLUMNS.split())))
         return
     dense, recipe = arguments.model or arguments.out / "model", from_fields(Recipe, arguments)
     print(conditions(trials.set_threads(arguments)))

@@ -80,7 +80,7 @@ def main() -> None:
         for benchmark, value in (("basis, uncut", whole), (f"basis, {arguments.removed:.0%} removed", left)):
             rows.append(Row(benchmark, case, label, "perplexity", value, value, value))
     if arguments.save:
-        append(rows, "cpu")
+        append(rows, held_out.device.type)
 
 
 if __name__ == "__main__":

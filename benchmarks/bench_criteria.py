@@ -54,7 +54,7 @@ def masked(model: nn.Module, ids: Tensor, groups: Groups, index: int) -> float:
 
 def dropped(cost: dict[str, Tensor], scores: criteria.Scores) -> Tensor:
     """What the lowest score of each block costs [blocks]."""
-    return torch.stack([values[scores[name].argmin()] for name, values in cost.items()])
+    return torch.stack([values[int(scores[name].argmin())] for name, values in cost.items()])
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
         rows += [Row("heads dropped first", case, label, "nats", *[float(values.sum())] * 3)]
         rows += [Row("heads dropped first, worst block", case, label, "nats", *[float(values.max())] * 3)]
     if arguments.save:
-        append(rows, "cpu")
+        append(rows, held_out.device.type)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from models import conditions
-from results import OURS, Row, append
+from results import OURS, Row, append, check
 from torch import Tensor
 
 from pyprune import timing
@@ -99,6 +99,17 @@ def failure(error: Exception) -> str:
     return f"it fails with {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
+def work(case: Case) -> str:
+    """The least that a case moves and computes, such as "45 MB and 1.2 GFLOP"."""
+    return " and ".join(amount(n, unit) for n, unit in ((case.bytes, "B"), (case.operations, "FLOP")) if n)
+
+
+def amount(number: float, unit: str) -> str:
+    """With four digits and a prefix of the unit."""
+    prefix = min(int(math.log10(number)) // 3, 4)
+    return f"{number / 1000**prefix:.4g} {['', 'k', 'M', 'G', 'T'][prefix]}{unit}"
+
+
 def report(case: Case, found: dict[str, Samples], device: torch.device, clock: Clock = time.perf_counter) -> list[Row]:
     """Prints a line for each contender and bound, and who was skipped; returns the rows. Shares are of
     the first of `LEAST`."""
@@ -112,9 +123,11 @@ def report(case: Case, found: dict[str, Samples], device: torch.device, clock: C
     for name, times in found.items():
         note = f"{base.p50 / times.p50:6.2f}x {first}   ({scale * times.p20:.4g} to {scale * times.p80:.4g})"
         if least is not None and name not in LEAST:
-            note += f"   {least / times.p50:.0%} of the {bound}'s speed"
+            note += f"   {timing.share(least, times.p50)} of the {bound}'s speed"
         if device.type == "cuda" and not times.graph and name not in LEAST:
             note += "   (launched one by one)"
+        if name == "floor" and (least_work := work(case)):
+            note += f"   of {least_work}"
         print(f"  {name:18} {scale * times.p50:10.4g} {unit}   {note}", flush=True)
         rows.append(Row(case.op, case.label, name, unit, scale * times.p20, scale * times.p50, scale * times.p80))
     for name, reason in case.skipped.items():
@@ -159,6 +172,8 @@ class Session:
         self.device, self.rounds, self.budget = torch.device(arguments.device), arguments.rounds, arguments.budget
         self.clock: Clock = time.process_time if arguments.cpu_time else time.perf_counter
         self.save = arguments.save
+        if self.save:
+            check()  # before anything is measured
         torch.set_num_threads(arguments.threads)
         torch.manual_seed(0)
         print(conditions(arguments.threads) + (", CPU time" if arguments.cpu_time else ""))

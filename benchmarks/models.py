@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pyprune.ops  # noqa: F401  (registers torch.ops.pyprune)
-from pyprune import data
+from pyprune import data, timing
 from pyprune.models import open_model, open_tokenizer
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -74,20 +74,20 @@ def batch_of(shape: str, tokens: int, window: int) -> Tensor:
 
 def real_model(folder: Path | None, window: int) -> tuple[nn.Module, Tensor, Tensor]:
     """The demo's model, or that of a checkpoint, in fp32, with the demo's text: ids to train on and ids held out, each
-    [windows, window]."""
+    [windows, window], on the model's device."""
     with TemporaryDirectory() as scratch:
         folder = folder or data.demo_model(Path(scratch, "model"))
         model, tokenizer = open_model(folder, "float32").eval(), open_tokenizer(folder)
     corpus = data.demo_text()
     train, held_out = (data.encode(text, tokenizer).windows(window).ids for text in (corpus.train, corpus.held_out))
-    return model, train, held_out
+    device = next(model.parameters()).device
+    return model, train.to(device), held_out.to(device)
 
 
 def conditions(threads: int) -> str:
     """What a reader must know of the machine, as it is now."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    busy = "; others are at work here, so wall times are not to be trusted" if load + threads > cores + 0.5 else ""
-    return f"{threads} threads, {cores} cores, load {load:.1f}, torch {torch.__version__}{busy}"
+    busy = "; others are at work here, so wall times are not to be trusted" if timing.busy(threads) else ""
+    return f"{threads} threads, {os.cpu_count()} cores, load {timing.load():.1f}, torch {torch.__version__}{busy}"
 
 
 # ------------------------------------------------------------------------------------------------------------- limits

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import trials
+from csvs import Cell, read_csv
 from models import conditions
 from torch import Tensor
-from trials import Cell, add_rows, protocols, read_csv
+from trials import add_rows, protocols
 
 from pyprune import data, evaluation
 from pyprune.blockwise import prune
@@ -39,6 +40,10 @@ from pyprune.reconstruction import Reconstruction
 from pyprune.runs import environment, write_json
 
 CSV = Path(__file__).with_name("oneshot_quality.csv")
+COLUMNS = (
+    "method level sparsity perplexity calibration eval_tokens eval_window dtype seed date hardware threads torch "
+    "transformers pyprune commit options"
+)
 DEFAULTS = {"calibration_windows": 32, "calibration_window": 512, "eval_window": 512, "eval_tokens": 16384}
 DEFAULTS |= {"dtype": "bfloat16"}
 LEVELS = ("0.5", "0.6", "0.7", "2:4")
@@ -274,7 +279,7 @@ def main() -> None:
     add_fields(parser, Recipe, DEFAULTS)
     arguments = parser.parse_args()
     if arguments.table:
-        print(tables(read_csv(CSV)))
+        print(tables(read_csv(CSV, COLUMNS.split())))
         return
     print(conditions(trials.set_threads(arguments)))
     recipe: Recipe = from_fields(Recipe, arguments)

@@ -1,7 +1,7 @@
 """The quality of PAT on a real model: perplexity at several ratios beside prune-then-tune and LoRA on the dense model.
 
     python benchmarks/pat_quality.py                    hours; stop it at will, the same command goes on
-    python benchmarks/pat_quality.py --table            the table of the README, from pat_quality.csv
+    python benchmarks/pat_quality.py --table            the tables, from pat_quality.csv; the README has the first
     python benchmarks/pat_quality.py --steps 120 --ratios 0.25 --bases learned identity
     python benchmarks/pat_quality.py --jobs 8           eight at a time, on a GPU; no speed is measured then
     python benchmarks/pat_quality.py --speed            then: how fast what is finished is here
@@ -10,7 +10,8 @@
 Every method is tuned on the same tokens of the demo's text, exported, loaded again as a stock checkpoint, and measured
 on the same held-out text. LoRA depends on no ratio and is tuned once; prune-then-tune once for each ratio and each
 basis to cut in (the one of principal axes serves pca and learned). Each of these is one run folder under --out.
-The result is pat_quality.csv, one row for each, and the picture pat_quality.png.
+The result goes to pat_quality.csv, one row for each, a table for each protocol (another budget or dtype is no
+comparison); the picture pat_quality.png shows the one with most rows.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from typing import Any
 
 import torch
 import trials
+from csvs import Cell, read_csv
 from models import conditions
 from transformers import AutoConfig, AutoModelForCausalLM
-from trials import Cell, read_csv, write_csv
+from trials import add_rows, protocols
 
 from pyprune import data, evaluation
 from pyprune.cli.demo import DEMO
@@ -38,10 +40,17 @@ from pyprune.models import fast_dtype
 from pyprune.runs import Experiment, Recipe, Run, check_folder, hardware, open_run
 
 CSV = Path(__file__).with_name("pat_quality.csv")
+COLUMNS = (
+    "method basis ratio_requested ratio perplexity params block_params hidden_size tied prefill_speedup "
+    "decode_speedup speed_on steps tokens_trained seconds eval_tokens eval_window eval_stride dtype seed date "
+    "hardware threads torch transformers peft pyprune commit"
+)
 # the demo's recipe, longer, on all of the held-out text; round_to 1 keeps the ratios apart
 DEFAULTS = DEMO | {"steps": 600, "warmup": 20, "eval_tokens": None, "save_every": None, "round_to": 1}
 LABELS = {"pat": "PAT", "prune-then-tune": "prune, then tune", "lora": "dense, LoRA", "dense": "dense, untouched"}
 DENSE = ("dense", "lora")
+EVALUATION = ("eval_tokens", "eval_window", "eval_stride", "dtype", "seed")
+PROTOCOL = ("steps", "tokens_trained", *EVALUATION)  # tuned rows that share it are compared
 ALONE = "speed_alone"  # the stage that times a finished trial's shape
 
 
@@ -180,11 +189,18 @@ def place(hardware: dict[str, Any], dtype: str) -> str:
 
 
 def rows(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each summary, that of LoRA first, and before them one for the dense model as it came."""
-    first = summaries[0]
-    untouched = {"method": "dense", "perplexity": f"{first['ppl_dense']:.4f}", "steps": 0, "tokens_trained": 0}
-    untouched |= {"params": first["params_dense"], "block_params": first["block_params_dense"], "seconds": 0}
-    return [_row(first) | untouched, *map(_row, summaries)]
+    """One row for each summary, and before them one for the dense model as it came."""
+    return [_untouched(summaries[0]), *map(_row, summaries)]
+
+
+def _untouched(summary: dict[str, Any]) -> dict[str, Any]:
+    """The dense model's row, from what any trial tells of it."""
+    nothing = {"method": "dense", "steps": 0, "tokens_trained": 0, "seconds": 0, "ratio_requested": 0}
+    blank = dict.fromkeys(("basis", "prefill_speedup", "decode_speedup", "speed_on"), "")
+    sizes = {name: summary[f"{name}_dense"] for name in ("params", "block_params", "hidden_size")}
+    figures = {"ratio": f"{0:.4f}", "perplexity": f"{summary['ppl_dense']:.4f}"}
+    tied = {} if summary["ratio_achieved"] == 0 else {"tied": ""}  # a pruned model may have become untied
+    return _row(summary) | nothing | blank | sizes | figures | tied
 
 
 def _row(summary: dict[str, Any]) -> dict[str, Any]:
@@ -240,6 +256,18 @@ def lines(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
     ):
         found.setdefault((cell["method"], cell["basis"]), []).append(cell)
     return found
+
+
+def comparisons(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The tuned rows that share a protocol, most rows first, behind the dense model as it was measured for them."""
+    found = protocols([cell for cell in cells if cell["method"] != "dense"], PROTOCOL)
+    dense = [cell for cell in cells if cell["method"] == "dense"]
+    return [[*(cell for cell in dense if all(cell[k] == part[0][k] for k in EVALUATION)), *part] for part in found]
+
+
+def tables(cells: Sequence[Cell]) -> str:
+    """One table for each protocol."""
+    return "\n\n".join(map(table, comparisons(cells)))
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -328,7 +356,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
     )
-    parser.add_argument("--table", action="store_true", help="print the table of pat_quality.csv and run nothing")
+    parser.add_argument("--table", action="store_true", help="print the tables of pat_quality.csv and run nothing")
     parser.add_argument("--speed", action="store_true", help="time what is finished, train nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/pat_quality"), help="where the run folders are")
     parser.add_argument("--model", type=Path, help="folder of the demo's model (default: made under --out)")
@@ -342,7 +370,7 @@ def main() -> None:
     trials.add_options(parser)
     arguments = parser.parse_args()
     if arguments.table:
-        print(table(read_csv(CSV)))
+        print(tables(read_csv(CSV, COLUMNS.split())))
         return
     print(conditions(trials.set_threads(arguments)))
     pattern = from_fields(find("pat"), arguments)
@@ -358,9 +386,9 @@ def main() -> None:
     summaries = [found for trial in chosen if (found := summary_of(trial.name, arguments.out))]
     if summaries:
         check(summaries)
-        write_csv(rows(summaries), CSV)
-        picture(read_csv(CSV), CSV.with_suffix(".png"))
-        print(table(read_csv(CSV)))
+        cells = add_rows(rows(summaries), CSV, ("method", "basis", "ratio_requested", *PROTOCOL))
+        picture(comparisons(cells)[0], CSV.with_suffix(".png"))
+        print(tables(cells))
     trials.finish(missing, arguments.out)
 
 

@@ -1,6 +1,7 @@
 """Keeps measurements: rows appended to results.csv, with the machine, the versions and the commit they belong to.
 
 python benchmarks/results.py H100                              the newest ones of a kind of hardware as a table
+python benchmarks/results.py "AMD EPYC"                        of all kinds with that in their name, a table each
 python benchmarks/results.py H100 --picture packed.png         packed linears against dense ones over tokens
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -19,8 +19,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from csvs import check_columns, read_csv
 
 import pyprune
+from pyprune import _native, timing
 from pyprune.info import processor
 
 RESULTS = Path(__file__).with_name("results.csv")
@@ -50,6 +52,14 @@ class Row:
     p80: float
 
 
+COLUMNS = [
+    *(field.name for field in fields(Row)),
+    *("date", "hardware", "driver", "threads", "load", "torch", "pyprune", "commit"),
+]
+MEASURED = (":/csrc", ":/pyprune", ":/setup.py", ":/benchmarks/*.py")
+"""What a row's figures depend on, as git's paths from the top of the checkout."""
+
+
 def _git(*arguments: str) -> str:
     if shutil.which("git") is None:
         return ""
@@ -65,28 +75,41 @@ def _driver() -> str:
     return subprocess.run(query, text=True, capture_output=True).stdout.partition("\n")[0].strip()
 
 
+def _processor() -> str:
+    """Its name, and the instruction set that the compiled kernels use, if there are any."""
+    return f"{processor()}, {_native.cpu.isa()}" if _native.cpu else processor()
+
+
 def environment(device: str = "cpu") -> dict[str, str]:
-    """The columns that say where a row comes from. A commit with a trailing + had uncommitted changes."""
-    hardware = processor() if device == "cpu" else torch.cuda.get_device_name(device)
-    changed = "+" if _git("status", "--porcelain", "--untracked-files=no", "--", "csrc", "pyprune") else ""
+    """The columns that say where a row comes from. A commit with a trailing + had changes that are not in git, of what
+    is measured or what measures it."""
+    hardware = _processor() if device == "cpu" else torch.cuda.get_device_name(device)
+    changed = "+" if _git("status", "--porcelain", "--", *MEASURED) else ""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "hardware": hardware,
         "driver": "" if device == "cpu" else _driver(),
         "threads": str(torch.get_num_threads()),
-        "load": f"{os.getloadavg()[0]:.1f}",
+        "load": f"{timing.load():.1f}",
         "torch": torch.__version__,
         "pyprune": pyprune.__version__,
         "commit": (_git("rev-parse", "--short", "HEAD") or "unknown") + changed,
     }
 
 
+def check() -> None:
+    """Raises SystemExit when results.csv is there and no row can be appended to it."""
+    if RESULTS.exists():
+        check_columns(RESULTS, COLUMNS)
+
+
 def append(rows: Iterable[Row], device: str = "cpu") -> None:
-    """Adds rows to results.csv, with the header when the file is new."""
+    """Adds rows to results.csv, with the header when the file is new; see `check`."""
+    check()
     where = environment(device)
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)] + list(where), lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:
             writer.writeheader()
         for row in rows:
@@ -95,6 +118,15 @@ def append(rows: Iterable[Row], device: str = "cpu") -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
+
+
+def tables(rows: Iterable[dict[str, str]]) -> str:
+    """A table for each kind of hardware; its name stands above where there are several."""
+    kinds: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        kinds.setdefault(row["hardware"], []).append(row)
+    named = [f"{kind}\n\n{table(found)}" if len(kinds) > 1 else table(found) for kind, found in kinds.items()]
+    return "\n\n".join(named)
 
 
 def table(rows: Iterable[dict[str, str]]) -> str:
@@ -160,20 +192,19 @@ def picture(gains: dict[str, dict[int, list[float]]], tokens: Sequence[int], tit
 
 
 def main() -> None:
-    """Prints the table of one kind of hardware, or draws its picture."""
+    """Prints the table of each kind of hardware asked for, or draws a picture of all of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("hardware", help='part of its name, such as "H100"')
     parser.add_argument("--benchmarks", nargs="*", help="of these only")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw packed linears over tokens instead")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 16, 32, 64, 256, 2048, 16384])
     arguments = parser.parse_args()
-    with RESULTS.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if arguments.hardware in row["hardware"]]
+    rows = [row for row in read_csv(RESULTS, COLUMNS) if arguments.hardware in row["hardware"]]
     if arguments.picture:
         title = f"Packed linears against dense bf16 ones, {arguments.hardware}: mean and range of three shapes"
         picture(packed_gains(rows), arguments.tokens, title, arguments.picture)
         return
-    print(table(row for row in rows if not arguments.benchmarks or row["benchmark"] in arguments.benchmarks))
+    print(tables(row for row in rows if not arguments.benchmarks or row["benchmark"] in arguments.benchmarks))
 
 
 if __name__ == "__main__":

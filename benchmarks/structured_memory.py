@@ -1,12 +1,12 @@
 """Peak memory of scoring groups: LoRAPrune's training step, Taylor with stored gradients (LLM-Pruner), and streamed.
 
-    python benchmarks/structured_memory.py                       8 of the 22 blocks of a Llama of 1.1 B parameters
+    python benchmarks/structured_memory.py --save                8 of the 22 blocks of a Llama of 1.1 B parameters
     python benchmarks/structured_memory.py --blocks 22           all of them: needs 8 GB for the gradients of "mixed"
     python benchmarks/structured_memory.py --blocks 22 --jobs 6  all variants at a time, on a GPU
 
 Beside LoRAPrune on a base in bf16 stand bases in 8 and 4 bits (bitsandbytes), whose weights have no gradients. Each
 variant runs in a process of its own and reports its peak resident set above that of an empty process with torch, so the
-weights count and the libraries do not. On a GPU it is the allocator's peak. Rows go to results.csv.
+weights count and the libraries do not. On a GPU it is the allocator's peak.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def less(found: dict[str, float], variant: str) -> str:
 
 
 def main() -> None:
-    """Runs every variant and prints the shares."""
+    """Runs every variant, prints the shares, and keeps the rows with --save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--samples", type=int, default=2)
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=possible, choices=VARIANTS)
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="variants at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save", action="store_true", help="append to results.csv")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.one:
@@ -148,10 +149,9 @@ def main() -> None:
     for variant, nbytes in zip(a.variants, ThreadPoolExecutor(a.jobs).map(in_child, a.variants), strict=True):
         found[variant] = nbytes
         print(f"{variant}: {found[variant] / 2**30:.3f} GiB{less(found, variant)}", flush=True)
-    append(
-        (Row("peak memory of scoring", case, name, "MiB", *[value / 2**20] * 3) for name, value in found.items()),
-        a.device,
-    )
+    rows = [Row("peak memory of scoring", case, name, "MiB", *[value / 2**20] * 3) for name, value in found.items()]
+    if a.save:
+        append(rows, a.device)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import trials
+from csvs import Cell, read_csv
 from models import conditions
 from pat_quality import recipe_of, run, run_all, speed, speed_on, summary_of, time_alone, times
-from trials import Cell, add_rows, protocols, read_csv
+from trials import add_rows, protocols
 
 from pyprune import data
 from pyprune.architectures import describe
@@ -39,6 +40,11 @@ from pyprune.plan import Rules, Target, widths_for
 from pyprune.runs import Recipe
 
 CSV = Path(__file__).with_name("structured_quality.csv")
+COLUMNS = (
+    "method removed_requested removed seed perplexity perplexity_dense params bytes hidden heads channels layers "
+    "prefill_speedup decode_speedup speed_on peak_training_bytes steps tokens_trained seconds eval_tokens eval_window "
+    "dtype date hardware threads torch transformers peft pyprune commit"
+)
 DEFAULTS = DEMO | {"steps": 600, "warmup": 20, "eval_tokens": None, "save_every": None}
 LORA = {name: DEMO[name] for name in ("lora_rank", "lora_alpha", "lora_dropout")}
 PROTOCOL = ("steps", "tokens_trained", "eval_tokens", "eval_window", "dtype")  # rows that share it are compared
@@ -248,7 +254,7 @@ def main() -> None:
     add_fields(parser, Recipe, {name: value for name, value in DEFAULTS.items() if name != "seed"})
     arguments = parser.parse_args()
     if arguments.table:
-        print(tables(read_csv(CSV)))
+        print(tables(read_csv(CSV, COLUMNS.split())))
         return
     print(conditions(trials.set_threads(arguments)))
     dense = arguments.model or arguments.out / "dense"

@@ -24,11 +24,10 @@ from types import FrameType
 from typing import Any
 
 import torch
+from csvs import Cell, read_csv
 
 LINES = 15  # of a failed child's output that are shown
 PATIENCE = 15.0  # seconds that an interrupted child has to write a checkpoint
-
-Cell = dict[str, str]  # one row of a csv
 
 Result = Callable[[str], "str | None"]
 """A line about a finished trial, None for another one."""
@@ -100,14 +99,6 @@ def finish(missing: Sequence[str], logs: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ the csv
 
 
-def read_csv(path: Path) -> list[Cell]:
-    """The rows of a csv. Raises SystemExit when there are none yet."""
-    if not path.exists():
-        raise SystemExit(f"{path} does not exist; run this script without --table first")
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def write_csv(found: Sequence[dict[str, Any]], path: Path) -> None:
     """Replaces the file."""
     with path.open("w", newline="") as file:
@@ -117,10 +108,13 @@ def write_csv(found: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def add_rows(found: Sequence[dict[str, Any]], path: Path, key: Sequence[str]) -> list[Cell]:
-    """Puts rows beside those that are there, in place of the ones that agree in `key`. Returns all of them."""
-    before = read_csv(path) if path.exists() else []
+    """Puts rows beside those that are there, in place of the ones that agree in `key`. Returns all of them.
+
+    Raises SystemExit when the file has other columns."""
+    columns = list(found[0])
+    before = read_csv(path, columns) if path.exists() else []
     write_csv(list({tuple(str(row[name]) for name in key): row for row in (*before, *found)}.values()), path)
-    return read_csv(path)
+    return read_csv(path, columns)
 
 
 def protocols(cells: Sequence[Cell], names: Sequence[str]) -> list[list[Cell]]:

@@ -53,6 +53,20 @@ def test_rows_have_the_unit_and_the_floor_comes_last(harness: Any, capsys: pytes
     assert "2.00x dense   (2 to 2)   50% of the floor's speed" in capsys.readouterr().out
 
 
+def test_the_floor_says_of_what_work_and_a_faster_one_is_doubtful(
+    harness: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(timing, "matmul_rate", lambda device, dtype: 1e9)
+    work = Work()
+    case = harness.Case("op", "T=1", {"pyprune": work.contender(20.0)}, bytes=45_000_000, operations=1_234_567_890)
+    harness.run(case, CPU, 1, work.clock)
+    shown = capsys.readouterr().out
+    assert "   of 45 MB and 1.235 GFLOP\n" in shown and "doubtful 225% of the floor's speed" in shown
+    harness.run(harness.Case("op", "T=1", {"pyprune": work.contender(1e-3)}, bytes=999), CPU, 1, work.clock)
+    shown = capsys.readouterr().out
+    assert "   of 999 B\n" in shown and "   100% of the floor's speed" in shown
+
+
 def test_processor_time_says_so_and_has_no_floor(harness: Any) -> None:
     case = harness.Case("op", "T=1", {"pyprune": Work().contender(0.0)}, bytes=1000)
     (row,) = harness.run(case, CPU, 3, time.process_time)

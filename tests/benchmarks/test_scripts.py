@@ -7,6 +7,7 @@ import importlib
 import multiprocessing
 import shlex
 import sys
+import types
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -289,7 +290,7 @@ def quality(
     def run(arguments: str) -> list[dict[str, str]]:
         monkeypatch.setattr(sys, "argv", ["pat_quality.py", *f"{options} {arguments}".split()])
         module.main()
-        return module.read_csv(module.CSV)
+        return module.read_csv(module.CSV, module.COLUMNS.split())
 
     return run
 
@@ -324,9 +325,105 @@ def test_quality_side_by_side(quality: Any, tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "runs" / "pat-learned-0.25" / "summary.json").unlink()
     with pytest.raises(SystemExit, match=r"1 trials are not finished: pat-learned-0\.25"):
         quality("--ratios 0.25 --jobs 2 --collect")
-    assert (tmp_path / "pat_quality.csv").read_text().count("\n") == 1 + 3
+    assert importlib.import_module("csvs").read_csv(tmp_path / "pat_quality.csv", timed[0]) == timed
     with pytest.raises(RunError, match="repeats was 0 and is now 1"):
         quality("--ratios 0.25")
+
+
+def summary(**changes: Any) -> dict[str, Any]:
+    """Of a trial at pruning a quarter, as far as rows are made of it."""
+    return {
+        **{"method": "pat", "basis": "learned", "ratio_requested": 0.25, "ratio_achieved": 0.25, "tied": False},
+        **{"params_dense": 100, "params_pruned": 75, "block_params_dense": 60, "block_params_pruned": 45},
+        **{"hidden_size_dense": 32, "hidden_size_pruned": 24, "ppl_dense": 10.0, "ppl_pruned": 12.0},
+        **{"prefill_speedup": 1.2, "decode_speedup": 1.3, "steps": 4, "tokens_trained": 128, "seconds": 5.0},
+        **{"evaluation": {"tokens": 9, "window": 8, "stride": 8}, "dtype": "float32", "seed": 0, "commit": None},
+        "hardware": {"gpu": None, "cpu": "a processor", "threads": 1},
+        "versions": dict.fromkeys(("torch", "transformers", "peft", "pyprune"), "1"),
+        **changes,
+    }
+
+
+def test_quality_has_a_table_for_each_budget(script: Any, tmp_path: Path) -> None:
+    """Another ratio joins one, another budget has its own, each beside the dense model, which is tuned by none."""
+    module = importlib.import_module("pat_quality")
+    half = summary(ratio_requested=0.5, ratio_achieved=0.5, hidden_size_pruned=16)
+    other = summary(dtype="bfloat16", ppl_dense=11.0)
+    key, file = ("method", "basis", "ratio_requested", *module.PROTOCOL), tmp_path / "quality.csv"
+    for found in ([summary(), half], [summary(steps=5, tokens_trained=160)], [other], [summary(ppl_pruned=13.0)]):
+        cells = module.add_rows(module.rows(found), file, key)
+    assert [cell["method"] for cell in cells] == ["dense", "pat", "pat", "pat", "dense", "pat"]
+    first, longer, bfloat = module.tables(cells).split("| hidden channels |")[1:]
+    for table, dense, left in ((first, "10.00", 2), (longer, "10.00", 1), (bfloat, "11.00", 1)):
+        assert f"| 32 (dense, untouched) | 0.0M | {dense} |" in table and table.count("(-") == left
+    assert "| 13.00 |" in first and "| 12.00 |" in longer and "160 tokens" in longer
+
+
+def test_the_dense_row_has_nothing_of_a_pruned_trial(script: Any) -> None:
+    """LoRA may not be finished."""
+    module = importlib.import_module("pat_quality")
+    dense, pruned = module.rows([summary()])
+    differ = {name: value for name, value in dense.items() if value != pruned[name]}
+    assert differ == {
+        **{"method": "dense", "basis": "", "ratio_requested": 0, "ratio": "0.0000", "perplexity": "10.0000"},
+        **{"params": 100, "block_params": 60, "hidden_size": 32, "tied": "", "prefill_speedup": ""},
+        **{"decode_speedup": "", "speed_on": "", "steps": 0, "tokens_trained": 0, "seconds": 0},
+    }
+    assert list(dense) == module.COLUMNS.split()
+    assert module.rows([summary(ratio_achieved=0.0, tied=True)])[0]["tied"] is True
+
+
+@pytest.fixture
+def elsewhere(script: Any, monkeypatch: pytest.MonkeyPatch, tokenizer: Any, prose: str) -> Any:
+    """models.py, whose real model is on the device without memory, which stands for a GPU."""
+    models = importlib.import_module("models")
+    documents = [Document(text) for text in prose.split("\n\n")]
+    corpus = Corpus(documents[:-4], documents[-6:-4], documents[-4:], "prose")
+    monkeypatch.setattr(models.data, "demo_text", lambda: corpus)
+    monkeypatch.setattr(models, "open_tokenizer", lambda folder: tokenizer)
+    model = models.build("toy", torch.float32).to("meta")
+    model.tie_weights()
+    monkeypatch.setattr(models, "open_model", lambda *arguments: model)
+    return models
+
+
+def test_a_real_models_ids_are_where_it_is(elsewhere: Any) -> None:
+    _, *ids = elsewhere.real_model(Path("folder"), 16)
+    assert [part.device.type for part in ids] == ["meta", "meta"]
+
+
+@pytest.mark.parametrize("name", ["bench_bases", "bench_criteria"])
+def test_rows_of_a_real_model_say_where_it_ran(elsewhere: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    module, devices = importlib.import_module(name), []
+    monkeypatch.setattr(module, "append", lambda rows, device: devices.append(device))
+    if name == "bench_bases":
+        monkeypatch.setattr(module, "perplexity", lambda *arguments: types.SimpleNamespace(value=1.0))
+        monkeypatch.setattr(module, "rotated", lambda model, *arguments: model)
+        monkeypatch.setattr(module, "cut", lambda model, *arguments: model)
+        monkeypatch.setattr(module.basis, "covariance", lambda *arguments: torch.eye(64))
+        monkeypatch.setattr(module.basis, "mixable", lambda model: torch.zeros(64))
+    else:
+        monkeypatch.setattr(module, "costs", lambda *arguments: {"block": torch.ones(2)})
+        monkeypatch.setattr(module.criteria, "score", lambda *arguments: {"block": torch.ones(2)})
+    monkeypatch.setattr(sys, "argv", [name, "--model", "folder", "--window", "16", "--threads", "1", "--save"])
+    module.main()
+    assert devices == ["meta"]
+
+
+def test_structured_memory_is_kept_on_request(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module("structured_memory")
+    peaks = {"loraprune": 2**30, "taylor streamed": 2**31}
+    child = lambda command, **options: types.SimpleNamespace(stdout=str(peaks[command[-1]]))  # noqa: E731
+    monkeypatch.setattr(module, "subprocess", types.SimpleNamespace(run=child, PIPE=None))
+    command = ["structured_memory.py", "--variants", *peaks, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", command)
+    module.main()
+    assert "taylor streamed: 2.000 GiB; 50.0% less by loraprune" in capsys.readouterr().out
+    assert not (tmp_path / "results.csv").exists()
+    kept = script("structured_memory", "--variants 'loraprune' 'taylor streamed' --device cpu")
+    assert {row["provider"]: row["p50"] for row in kept} == {"loraprune": "1024", "taylor streamed": "2048"}
 
 
 def test_quality_refuses_runs_that_are_no_comparison(script: Any) -> None:
@@ -403,7 +500,7 @@ def test_structured_quality(
     def run(arguments: str) -> list[dict[str, str]]:
         monkeypatch.setattr(sys, "argv", ["structured_quality.py", *f"{options} {arguments}".split()])
         module.main()
-        return module.read_csv(module.CSV)
+        return module.read_csv(module.CSV, module.COLUMNS.split())
 
     first = run("--seeds 0 --methods lora llm-pruner")
     assert [(cell["method"], cell["removed_requested"], cell["seed"]) for cell in first] == [
@@ -463,7 +560,7 @@ def oneshot(
     def run(arguments: str) -> list[dict[str, str]]:
         monkeypatch.setattr(sys, "argv", ["oneshot_quality.py", *f"{options} {arguments}".split()])
         module.main()
-        return module.read_csv(module.CSV)
+        return module.read_csv(module.CSV, module.COLUMNS.split())
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -35,6 +36,34 @@ missing = trials.run(names.split(), result, Path(out, "logs"), int(jobs))
 print("missing:", *missing)
 trials.finish(missing, Path(out))
 """
+
+
+def test_rows_join_only_a_csv_of_the_same_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    trials, file = importlib.import_module("trials"), tmp_path / "quality.csv"
+    trials.add_rows([{"method": "a", "value": 1}, {"method": "b", "value": 2}], file, ("method",))
+    joined = trials.add_rows([{"method": "b", "value": 3}], file, ("method",))
+    assert [tuple(row.values()) for row in joined] == [("a", "1"), ("b", "3")]
+    before = file.read_text()
+    with pytest.raises(SystemExit, match=r"quality\.csv has .* \(missing: dtype; unexpected: value\)"):
+        trials.add_rows([{"method": "b", "dtype": "bfloat16"}], file, ("method",))
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize("name", ["pat", "ast", "oneshot", "structured"])
+def test_tables_are_made_of_the_csv_in_git_and_of_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module(f"{name}_quality")
+    monkeypatch.setattr(sys, "argv", [f"{name}_quality.py", "--table"])
+    module.main()
+    table = capsys.readouterr().out
+    assert table.startswith("| ") and (name != "pat" or table in (BENCHMARKS.parent / "README.md").read_text())
+    monkeypatch.setattr(module, "CSV", tmp_path / "foreign.csv")
+    module.CSV.write_text("method,basis\nwanda,pca\n")
+    with pytest.raises(SystemExit, match=r"foreign\.csv has other columns .*dtype"):
+        module.main()
 
 
 @pytest.fixture
