@@ -2,6 +2,7 @@
 
     python benchmarks/bench_ast_step.py --threads 2 --save
     python benchmarks/bench_ast_step.py --threads 1 --cpu-time --save     on a machine where others are at work
+    python benchmarks/bench_ast_step.py --device cuda --save              all 22 blocks of TinyLlama's shape, in bf16
 
 The contenders take turns within one process, and results are checked before they are timed.
 
@@ -11,21 +12,18 @@ refresh  |W| and `nm_prune` with the count of flips over all linears, beside a s
 step     student and teacher forward, backward, clipping, update and, every tenth step, masks; against the same with
          dense linears and torch's AdamW ("dense"), and against its matrix products alone plus that AdamW
          ("products + AdamW"). The batch is random, which changes no time.
-memory   the peak of a step in a fresh process, above what the process holds without a model.
+memory   the peak of a step in a fresh process, on a GPU of the allocator, above what is held without a model.
 """
 
 from __future__ import annotations
 
 import copy
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from bench_ops import contest
+from bench_pat_step import MEBIBYTE, Setting, alone, settings, step_options
 from harness import Case, Contender, Session, options
-from models import SHAPES, batch_of, build
 from results import Row
 from torch import Tensor, nn
 
@@ -37,7 +35,6 @@ from pyprune.optim import MaskedAdamW
 from pyprune.reference.bits import unpack_bits
 
 GOALS = {"bandwidth": 0.8, "unfused": 3.0, "refresh": 0.02, "step": 1.1}
-MEBIBYTE = 1 << 20
 REFRESH = 10
 
 
@@ -46,9 +43,9 @@ REFRESH = 10
 
 def bench_op(shape: tuple[int, int], dtype: torch.dtype, session: Session) -> None:
     """One weight, cold in the caches as in a step, which has many."""
-    weight = speed.normal(*shape, device=torch.device("cpu"), dtype=dtype)
+    weight = speed.normal(*shape, device=session.device, dtype=dtype)
     case = contest(next(speed.optimizers(weight, ())), without=["compile"])
-    source, target = (torch.ones(case.bytes // 8) for _ in range(2))
+    source, target = (torch.ones(case.bytes // 8, device=session.device) for _ in range(2))
     case.op, case.unit = "nm_adamw step", "ms"
     case.contenders = {"unfused": case.contenders["plain torch"], "pyprune": case.contenders["pyprune"]}
     case.bounds["copy"] = Contender(lambda: target.copy_(source))
@@ -62,30 +59,6 @@ def bench_op(shape: tuple[int, int], dtype: torch.dtype, session: Session) -> No
 
 
 # ----------------------------------------------------------------------------------------------------------- the step
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One model and batch."""
-
-    shape: str
-    layers: int | None
-    dtype: str
-    tokens: int
-    window: int
-
-    def __str__(self) -> str:
-        layers = f" {self.layers} blocks" if self.layers else ""
-        return f"{self.shape}{layers} {self.dtype} batch={self.tokens // self.window}x{self.window}"
-
-    def model(self) -> nn.Module:
-        """A stock model."""
-        changes = {"num_hidden_layers": self.layers} if self.layers else {}
-        return build(self.shape, getattr(torch, self.dtype), **changes)
-
-    def ids(self) -> Tensor:
-        """The batch."""
-        return batch_of(self.shape, self.tokens, self.window)
 
 
 class Tuning:
@@ -105,8 +78,8 @@ class Tuning:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.model.train()
 
-    def step(self) -> float:
-        """One optimiser step; returns the loss."""
+    def step(self) -> Tensor:
+        """One optimiser step; returns the loss, for which no GPU is waited."""
         if self.masked:
             self.tuning.begin(self.done, self.optimizer)
         loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
@@ -115,16 +88,17 @@ class Tuning:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
-        return loss.item()
+        return loss.detach()
 
 
 def products(setting: Setting) -> Callable[[], None]:
     """The matrix products of a step, without anything around them: student forward, both of backward, teacher."""
-    model, dtype = setting.model(), getattr(torch, setting.dtype)
+    model, dtype, device = setting.model(), getattr(torch, setting.dtype), setting.device
     linears = [m for block in describe_blocks(model).blocks for m in block.module.modules() if isinstance(m, nn.Linear)]
     shapes = [tuple(linear.weight.shape) for linear in (*linears, model.get_output_embeddings())]
-    weights = {shape: torch.randn(shape).to(dtype) for shape in shapes}
-    inputs = {width: torch.randn(setting.tokens, width).to(dtype) for shape in shapes for width in shape}
+    weights = {shape: torch.randn(shape, device=device).to(dtype) for shape in shapes}
+    widths = {width for shape in shapes for width in shape}
+    inputs = {width: torch.randn(setting.tokens, width, device=device).to(dtype) for width in widths}
 
     def run() -> None:
         for out, into in shapes:
@@ -183,14 +157,14 @@ def bench_step(setting: Setting, session: Session) -> None:
 # --------------------------------------------------------------------------------------------------------- its memory
 
 
-def peak(setting: Setting, masked: bool, threads: int) -> tuple[float, float]:
-    """MiB at most in a step, and of parameters, gradients, moments, masks and teacher; call it in a fresh process."""
-    torch.set_num_threads(threads)
-    with peak_memory() as empty:
+def peak(setting: Setting, masked: bool) -> tuple[float, float]:
+    """MiB at most in a step, and of parameters, gradients, moments, masks and teacher; call it by `alone`."""
+    torch.set_num_threads(setting.threads)
+    with peak_memory(setting.device) as empty:
         pass
     tuning = Tuning(setting, masked)
     tuning.step()
-    with peak_memory() as full:
+    with peak_memory(setting.device) as full:
         tuning.step()
     parameters = list(tuning.model.parameters())
     held = sum(p.numel() * (3 * p.element_size()) for p in parameters)  # with gradients and the teacher
@@ -200,12 +174,11 @@ def peak(setting: Setting, masked: bool, threads: int) -> tuple[float, float]:
     return (full.bytes - empty.bytes) / MEBIBYTE, held / MEBIBYTE
 
 
-def bench_memory(setting: Setting, threads: int) -> list[Row]:
+def bench_memory(setting: Setting) -> list[Row]:
     """AST beside the dense step."""
     rows = []
     for name, masked in (("AST", True), ("dense", False)):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            total, held = pool.submit(peak, setting, masked, threads).result()
+        total, held = alone(setting, peak, masked)
         print(f"  {name:6} {total:8.0f} MiB at most, {held:.0f} of it parameters, gradients, moments, masks, teacher")
         rows += [Row("ast step memory", str(setting), f"{name}{what}", "MiB", *[value] * 3) for what, value in
                  (("", total), (" held", held))]  # fmt: skip
@@ -214,23 +187,18 @@ def bench_memory(setting: Setting, threads: int) -> list[Row]:
 
 def main() -> None:
     """Runs all parts."""
-    parser = options(__doc__, rounds=10, devices=("cpu",))
-    parser.add_argument("--shape", default="llama-2048", choices=SHAPES)
-    parser.add_argument("--layers", type=int, help="blocks of it (default: all)")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--tokens", type=int, default=1024, help="in a step")
-    parser.add_argument("--window", type=int, default=256)
+    parser = options(__doc__, rounds=10)
+    step_options(parser)
     parser.add_argument("--parts", nargs="+", default=["op", "step", "memory"], choices=["op", "step", "memory"])
     arguments = parser.parse_args()
     session = Session(arguments)
-    for dtype in arguments.dtypes:
-        setting = Setting(arguments.shape, arguments.layers, dtype, arguments.tokens, arguments.window)
+    for setting in settings(arguments, session, "llama-2048"):
         if "op" in arguments.parts:
-            bench_op((5632, 2048), getattr(torch, dtype), session)
+            bench_op((5632, 2048), getattr(torch, setting.dtype), session)
         if "step" in arguments.parts:
             bench_step(setting, session)
         if "memory" in arguments.parts:
-            session.keep(bench_memory(setting, arguments.threads))
+            session.keep(bench_memory(setting))
 
 
 if __name__ == "__main__":

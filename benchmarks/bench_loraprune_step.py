@@ -1,6 +1,7 @@
 """Time of a training step: PEFT LoRA, LoRAPrune before its first mask (all groups scored), masked, and cut.
 
     python benchmarks/bench_loraprune_step.py --threads 2 --save
+    python benchmarks/bench_loraprune_step.py --device cuda --save        all 22 blocks of TinyLlama's shape, in bf16
 
 All have the same LoRA. The contenders take turns, step by step, as in bench_pat_step.py. Before anything is timed, the
 logits of LoRAPrune at its start must be LoRA's, and those of the cut model the masked model's. A quarter of the
@@ -10,14 +11,10 @@ count: they multiply each weight with 3 x 8 numbers in a step, where every token
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass
-
 import torch
-from bench_pat_step import Tuning
+from bench_pat_step import Setting, Tuning, plain_attention, settings, step_options
 from harness import Case, Contender, Samples, Session, options
-from models import SHAPES, batch_of, build, check_equal, floating_point_operations, logits
-from torch import Tensor
+from models import check_equal, logits
 
 from pyprune import LoRAPrune
 from pyprune.methods.lora import LoRA
@@ -27,34 +24,18 @@ STEPS = 4  # of a whole pruning; behind the second one all is masked, and cut
 LIMITED = {"scoring": "lora", "cut": "lora"}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One model, dtype and batch."""
-
-    shape: str
-    dtype: str
-    tokens: int
-    window: int
-
-    def __str__(self) -> str:
-        return f"{self.shape} {self.dtype} batch={self.tokens // self.window}x{self.window}"
-
-    def ids(self) -> Tensor:
-        """The batch [tokens / window, window]."""
-        return batch_of(self.shape, self.tokens, self.window)
-
-
 def contender(setting: Setting, name: str) -> Tuning:
     """One of "lora", "scoring", "masked" or "cut", in the state that is to be measured."""
-    model = build(setting.shape, getattr(torch, setting.dtype))
+    model = setting.model()
     if name == "lora":
         return Tuning(model, LoRA(**ADAPTERS), setting.ids(), 1000)
     if name == "scoring":
         return Tuning(model, LoRAPrune(round_to=16, **ADAPTERS), setting.ids(), 100_000)
     schedule = {"warmup_share": 0.0, "cooldown_share": 0.5, "mask_every": 1, "milestones": int(name == "cut")}
     tuning = Tuning(model, LoRAPrune(round_to=16, **schedule, **ADAPTERS), setting.ids(), STEPS)
-    for _ in range(STEPS):
-        tuning.step()
+    with plain_attention(setting.device):
+        for _ in range(STEPS):
+            tuning.step()
     return tuning
 
 
@@ -66,7 +47,7 @@ def time_steps(setting: Setting, session: Session) -> None:
     layers = tunings["lora"].model.config.num_hidden_layers
     check_equal("LoRAPrune at its start against LoRA at its start", read["scoring"], read["lora"], dtype, layers)
     check_equal("cut against masked", read["cut"], read["masked"], dtype, layers)
-    operations = {name: floating_point_operations(tuning.step) for name, tuning in tunings.items()}
+    operations = {name: tuning.operations() for name, tuning in tunings.items()}
     case = Case(
         "loraprune step",
         str(setting),
@@ -89,16 +70,12 @@ def time_steps(setting: Setting, session: Session) -> None:
 
 def main() -> None:
     """Runs all combinations."""
-    parser = options(__doc__, rounds=15, devices=("cpu",))
-    parser.add_argument("--shapes", nargs="+", default=["smollm2-135m", "llama-2048"], choices=SHAPES)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--tokens", type=int, default=1024, help="in a step")
-    parser.add_argument("--window", type=int, default=256)
-    arguments: argparse.Namespace = parser.parse_args()
+    parser = options(__doc__, rounds=15)
+    step_options(parser)
+    arguments = parser.parse_args()
     session = Session(arguments)
-    for shape in arguments.shapes:
-        for dtype in arguments.dtypes:
-            time_steps(Setting(shape, dtype, arguments.tokens, arguments.window), session)
+    for setting in settings(arguments, session, "smollm2-135m", "llama-2048"):
+        time_steps(setting, session)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_pat_step_refuses_a_wrong_compaction(script: Any, monkeypatch: pytest.Mo
 def test_pat_step_counts_what_a_step_multiplies(script: Any) -> None:
     """By hand, for each token: a frozen weight is in two products (output, gradient of the input), others in three."""
     models, module = importlib.import_module("models"), importlib.import_module("bench_pat_step")
-    case = module.Setting("toy", "float32", "identity", 32, 16, 1)
+    case = module.PatSetting("toy", "float32", 32, 16)
     lora = module.contender(case, "lora", 1)  # rank 1
     before = module.contender(case, "before", 0)  # rank 20, HSMs of rank 8
     hidden, inner, kv, blocks, vocabulary = 64, 96, 32, 2, 128
@@ -99,7 +99,7 @@ def test_pat_step_counts_what_a_step_multiplies(script: Any) -> None:
 
 def test_pat_step_memory(script: Any) -> None:
     module = importlib.import_module("bench_pat_step")
-    setting = module.Setting("toy", "float32", "identity", 2048, 64, 1)
+    setting = module.PatSetting("toy", "float32", 2048, 64)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # what `peak` asks for
         found = pool.submit(module.peak, setting, "compact", 0).result()
     logits_bytes = 2048 * 128 * 4
