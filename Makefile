@@ -3,7 +3,7 @@
 # make lint   style and types        make format  put the style right        make clean  remove what make made
 # make docs   the site, in build/site; a broken link or reference is an error
 # make sanitize    the CPU kernels under AddressSanitizer and UBSan
-# make gpu-check   all that needs a GPU, in less than ten minutes, with the python3 that has torch there
+# make gpu-check   all that needs a GPU, in less than nine minutes, with the python3 that has torch there
 #
 # A fresh machine needs python3 (3.10 or later) and g++; nvcc, if there is one, adds the CUDA kernels.
 
