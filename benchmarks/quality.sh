@@ -48,7 +48,7 @@ step pat 240 "$python" benchmarks/pat_quality.py "${common[@]}" "${tuned[@]}" --
 step ast 55 "$python" benchmarks/ast_quality.py "${common[@]}" "${tuned[@]}" --out "$runs/ast" \
   --steps "${AST_STEPS:-100}" --warmup 10 --points 4
 step oneshot 60 "$python" benchmarks/oneshot_quality.py "${common[@]}" --out "$runs/oneshot" --keep device
-step memory 30 "$python" benchmarks/structured_memory.py --blocks 22 --jobs 4
+step memory 30 "$python" benchmarks/structured_memory.py --blocks 22 --jobs 4 --save
 
 cp benchmarks/{structured,pat,ast,oneshot}_quality.{csv,png} benchmarks/results.csv "$out" 2>/dev/null
 find "$runs" -regextype posix-extended -not -path '*/dense/*' \

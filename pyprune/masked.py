@@ -110,6 +110,7 @@ class MaskedLinear(nn.Linear):
         weight: W [out, in], a Parameter of whoever trains it; masked entries have values of their own.
         mask: uint8 [out, ceil(in / 8)], one bit a weight, 1 = kept. first_mask: the mask at the start.
         input_norm: [in] fp32, Wanda's ||x_j||, or None: then scores are |W|.
+        transposed: whether it stands for a layer that stores [in, out], transformers' Conv1D.
     """
 
     mask: Tensor
@@ -117,13 +118,19 @@ class MaskedLinear(nn.Linear):
     input_norm: Tensor | None
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, rule: MaskRule, input_norm: Tensor | None = None
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        rule: MaskRule,
+        input_norm: Tensor | None = None,
+        transposed: bool = False,
     ) -> None:
         """Takes over the parameters of a linear, weight [out, in] and bias [out], and masks them."""
         super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         self.weight = weight
         self.register_parameter("bias", bias)
         self.slorb: SLoRB | None = None
+        self.transposed = transposed
         self.register_buffer("input_norm", input_norm)
         bits, _ = rule.mask(self.scores())
         self.register_buffer("mask", bits)

@@ -213,7 +213,8 @@ class _Candidate:
 
     def pack(self, weight: Tensor) -> SparseLinear:
         """The packed linear."""
-        transposed = not isinstance(self.module, nn.Linear)
+        masked, linear = isinstance(self.module, MaskedLinear), isinstance(self.module, nn.Linear)
+        transposed = self.module.transposed if masked else not linear
         options = {"slorb": self.slorb, "transposed": transposed}
         return SparseLinear.pack(weight, self.module.bias, self.packing.pattern, **options)
 

@@ -18,7 +18,6 @@ import math
 import os
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from torch import nn
 from pyprune import checkpoint, evaluation, surgery
 from pyprune.architectures import describe, describe_blocks, size_of
 from pyprune.data import Corpus, DataError, TokenStream, encode
-from pyprune.info import processor, version_of
+from pyprune.info import commit, processor, version_of
 from pyprune.methods import LEARNING_RATE, Method, like, option
 from pyprune.models import open_model, open_skeleton, open_tokenizer
 from pyprune.plan import Widths
@@ -526,19 +525,10 @@ def environment() -> dict[str, Any]:
     """Versions, hardware and, in a git checkout, the commit."""
     packages = ("pyprune", "torch", "transformers", "peft")
     versions = {"python": platform.python_version()} | {name: version_of(name) for name in packages}
-    return {"versions": versions, "hardware": hardware(), "commit": _commit()}
+    return {"versions": versions, "hardware": hardware(), "commit": commit()}
 
 
 def hardware() -> dict[str, Any]:
     """The processor, its cores, the threads that torch uses, and the GPU if there is one."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def _commit() -> str | None:
-    root = Path(__file__).parent.parent
-    # an installed copy may lie inside somebody else's checkout
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return None
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return git.stdout.strip() or None

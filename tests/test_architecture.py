@@ -32,6 +32,7 @@ ROWS = [
     ["optim", "reconstruction"],
     ["methods.ast", "methods.lora", "methods.magnitude", "methods.wanda", "methods.sparsegpt", "methods.admm"],
     ["methods.pat", "methods.loraprune", "methods.besa"],
+    ["methods.planned"],
     ["methods.prune_then_tune", "methods.llm_pruner", "methods.slicegpt", "methods.slimgpt"],
     ["runs"],
     ["oneshot"],

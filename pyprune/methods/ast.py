@@ -275,7 +275,7 @@ class _Tuning:
         if linear.transposed:
             weight = nn.Parameter(linear.matrix.contiguous())
         bias = getattr(linear.module, "bias", None)
-        layer = MaskedLinear(weight, bias, self.rule, norm)
+        layer = MaskedLinear(weight, bias, self.rule, norm, linear.transposed)
         if self.options.slorb is not None:
             layer.boost(self.options.slorb, self.options.slorb_trained)
         if self.options.mask == "gradual":

@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pyprune import AST, LoRA, checkpoint
+from pyprune import AST, LoRA, checkpoint, sparsify
 from pyprune.data import TokenWindows
 from pyprune.masked import MaskedLinear, MaskRule
 from pyprune.optim import MaskedAdamW
@@ -386,8 +386,13 @@ def test_gpt2_whose_weights_lie_the_other_way_round(tmp_path: Path) -> None:
     model = method.prepare(model)
     train(method, model, tmp_path)
     trained = logits(model)
+    packed = copy.deepcopy(model)
+    sparsify(packed, measure=False)
+    checkpoint.save_dense(packed, None, tmp_path / "dense")
+    stock = GPT2LMHeadModel.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(stock), trained, rtol=1e-5, atol=1e-5)  # products of the other layout
     final = method.finalize(model)
-    torch.testing.assert_close(logits(final), trained, rtol=1e-5, atol=1e-5)  # products of the other layout
+    torch.testing.assert_close(logits(final), trained, rtol=1e-5, atol=1e-5)
     assert type(final.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
     assert is_n_of_m(final.transformer.h[0].mlp.c_fc.weight.T)
 
