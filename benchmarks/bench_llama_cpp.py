@@ -1,12 +1,14 @@
 """A decoded token of a dense model quantized by llama.cpp beside ours at the same bytes: Q8_0 and 2:4, Q4_0 and 70 %.
 
     python benchmarks/bench_llama_cpp.py --threads 2 --save
+    python benchmarks/bench_llama_cpp.py --quality --save      # perplexity of the demo's model in those formats
 
 Both run in this process, in turn, on one model of random weights, over a cache of the same length. llama.cpp is that of
 the package llama-cpp-python, which `tests/surgery/llama_cpp.sh DIR` builds; it must be importable here. Its file is
 written with the gguf package, all matrices in one format, the head too; ours keep the head dense. Before anything is
 timed its logits must be those of the dense model with the weights that the format can hold. Q8_0 stores 8.5 bits a
-weight and Q4_0 4.5; 2:4 stores 9, 50 % 9.1 and 70 % 5.9. What each reads for a token is printed.
+weight and Q4_0 4.5; 2:4 stores 9, 50 % 9.1 and 70 % 5.9. What each reads for a token is printed. The perplexity is
+torch's with the weights that the format can hold, by the protocol of `oneshot_quality.csv`, which has those of ours.
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ import torch
 from bench_serving import Decoding, pruned
 from harness import Case, Contender, Session, failure, options
 from models import SHAPES, build
-from torch import Tensor
+from results import Row
+from torch import Tensor, nn
 
+from pyprune import data
+from pyprune.evaluation import perplexity
+from pyprune.models import open_model, open_tokenizer
 from pyprune.timing import error
 
 FORMATS = ("Q8_0", "Q4_0")
@@ -138,14 +144,56 @@ def opened(dense: Any, format: str, context: int, folder: Path) -> tuple[LlamaCp
     return found, read
 
 
+WINDOW, HELD_OUT = 512, 16384
+"""Tokens, as in `oneshot_quality.py`."""
+
+
+@torch.no_grad()
+def quality() -> list[Row]:
+    """Perplexity of the demo's model, dense and with all of its matrices in each format."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = data.demo_model(Path(scratch, "model"))
+        dense, tokenizer = open_model(folder, "bfloat16").eval(), open_tokenizer(folder)
+    text = data.encode(data.demo_text().held_out, tokenizer)
+    rows = []
+    for name in ("dense", *FORMATS):
+        model = copy.deepcopy(dense)
+        bits = 16.0 if name == "dense" else round_to(model, name)
+        found = perplexity(
+            model, text.ids[:HELD_OUT], WINDOW, labels=text.labels[:HELD_OUT], bos=text.bos, progress=False
+        ).value
+        who = name if name == "dense" else f"llama.cpp {name}"
+        print(f"  {who:18} {bits:4.1f} bits a weight, perplexity {found:.2f}", flush=True)
+        rows.append(
+            Row("perplexity at equal bytes", f"{data.DEMO_MODEL.partition(',')[0]} bfloat16", who, "", *3 * [found])
+        )
+    return rows
+
+
+def round_to(model: nn.Module, format: str) -> float:
+    """Makes the matrices what the format can hold, in place; returns the bits of a weight."""
+    kind = gguf.GGMLQuantizationType[format]
+    size = count = 0
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            quantized = gguf.quants.quantize(parameter.float().numpy(), kind)
+            parameter.copy_(torch.from_numpy(gguf.quants.dequantize(quantized, kind)))
+            size, count = size + quantized.nbytes, count + parameter.numel()
+    return 8 * size / count
+
+
 def main() -> None:
     """All of them in turn."""
     parser = options(__doc__, rounds=15, devices=("cpu",))
     parser.add_argument("--shape", default="llama-2048", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="blocks of it (default: all)")
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--quality", action="store_true", help="perplexity of the demo's model instead of time")
     arguments = parser.parse_args()
     session = Session(arguments)
+    if arguments.quality:
+        session.keep(quality())
+        return
     changes = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
     dense: Any = build(arguments.shape, torch.bfloat16, **changes).eval()
     label = f"{arguments.shape} {dense.config.num_hidden_layers} layers batch=1 context={arguments.context}"
