@@ -17,12 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-from pyprune.report.reading import ReportError, Run, read_runs
+from pyprune.report.reading import NEEDED, ReportError, Run, read_runs
 from pyprune.report.tables import Table, all_tables, headline
 
 __all__ = ["ReportError", "make", "show"]
-
-NEEDED = "pip install pyprune[report]"
 
 
 def make(folders: Sequence[Path], out: Path) -> dict[str, Any]:

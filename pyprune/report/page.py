@@ -8,9 +8,9 @@ from datetime import datetime, timezone
 from importlib.resources import files
 
 import pyprune
-from pyprune.report import NEEDED, figures, tables
+from pyprune.report import figures, tables
 from pyprune.report.figures import Picture
-from pyprune.report.reading import Run, clean
+from pyprune.report.reading import NEEDED, Run, clean
 from pyprune.report.tables import Table
 
 DARK = {

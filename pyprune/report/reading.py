@@ -18,6 +18,7 @@ from typing import Any, Literal
 Record = dict[str, Any]
 Role = Literal["dense", "baseline", "result"]
 
+NEEDED = "pip install pyprune[report]"  # what brings matplotlib and jinja2
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LARGEST = 1e30  # of a figure; what is beyond, NaN and infinity are no figures
 SAME_DENSE = 0.01  # two runs are of one dense model on one text when its perplexities differ by less than this share
