@@ -413,8 +413,8 @@ def gathered_linear(
 ) -> Tensor:
     """`y = x W[out_index][:, in_index]^T + bias[out_index]`: a linear with channels removed.
 
-    x has the kept inputs alone, and y the kept outputs. For few tokens nothing of the weight is copied, for many what is
-    kept. Takes part in autocast.
+    x has the kept inputs alone, and y the kept outputs. For few tokens nothing of the weight is copied, for many what
+    is kept. Takes part in autocast.
 
     Args:
         x: [..., kept inputs]; bf16, fp16, fp32 or fp64.
