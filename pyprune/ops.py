@@ -1,6 +1,7 @@
 """The functional API: ops with gradients, fake kernels and `torch.compile` support.
 
-Each function is documented where it is defined, in `pyprune/_ops/`, a file for each family. `using` runs all of them on
+Each function is documented where it is defined, in `pyprune/_ops/`, a file for each family; `pack_bits` and
+`unpack_bits` turn a mask into the bits that the ops take. `using` runs all of them on
 one implementation, `choose` tells which one an op would run on, and `OPS` names what the torch dispatcher has.
 """
 
@@ -16,6 +17,7 @@ from pyprune._ops.rank import rank_allocate, rank_bucket_grad, rank_mask
 from pyprune._ops.sparse_gemm import bitmap_linear, gathered_linear, masked_linear, nm_linear
 from pyprune._ops.sparsegpt import sparsegpt_solve
 from pyprune._ops.transposable import transposable_prune
+from pyprune.reference.bits import pack_bits, unpack_bits
 
 __all__ = [
     "OPS",
@@ -37,10 +39,12 @@ __all__ = [
     "nm_decompress",
     "nm_linear",
     "nm_prune",
+    "pack_bits",
     "rank_allocate",
     "rank_bucket_grad",
     "rank_mask",
     "sparsegpt_solve",
     "transposable_prune",
+    "unpack_bits",
     "using",
 ]

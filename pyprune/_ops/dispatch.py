@@ -75,7 +75,16 @@ def using(implementation: Implementation | ModuleType | str) -> Iterator[None]:
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Implementation, str]:
-    """The implementation that runs an op for this device and dtype, and why."""
+    """The implementation that runs an op for this device and dtype, and why. Raises ValueError for an unknown op."""
+    if op not in OPS:
+        raise ValueError(f"op is {op!r}; expected one of {', '.join(OPS)}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return _REFERENCE, "torch sees no CUDA device"
+    return _choose(op, device, dtype)
+
+
+def _choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Implementation, str]:
+    """At every call of an op, so nothing is checked."""
     implementation, why = _choose_any(device, dtype)
     if hasattr(implementation, op):
         return implementation, why
@@ -115,7 +124,7 @@ def _choose_cuda(index: int) -> tuple[Implementation, str]:
 def run(op: str, x: Tensor, tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
     """Runs `op` on the implementation for x; an optional tensor may be None. Autograd and autocast end here:
     gradients are each family's Functions."""
-    implementation, _ = choose(op, x.device, x.dtype)
+    implementation, _ = _choose(op, x.device, x.dtype)
     device = x.device.type
     autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     with torch.no_grad(), autocast:
@@ -144,8 +153,11 @@ def expect_like(op: str, x: Tensor, dtype: torch.dtype, **tensors: Tensor) -> No
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {x.device}; move one to the other's device")
+        if tensor.dtype == torch.bool and dtype == torch.uint8:
+            raise TypeError(f"{op}: {name} is torch.bool, expected its bits, eight a byte; use ops.pack_bits")
         if tensor.dtype != dtype:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {dtype} for x in {x.dtype}; cast it first")
+            matching = f" for x in {x.dtype}" if dtype.is_floating_point else ""
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {dtype}{matching}; cast it first")
 
 
 def wanted_like(tensors: tuple[Tensor, ...], output_mask: list[bool]) -> tuple[Tensor, ...]:

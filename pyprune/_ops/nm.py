@@ -151,13 +151,14 @@ def nm_compress(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         values [out, in n/m] in weight's dtype and metadata uint8 [out, ceil(in n/m b/8)], b = 2, 4 or 8 bits an index.
-        Indices rise within a group; one with fewer nonzeros takes its zeros of lowest index along.
+        Indices rise within a group; one with fewer nonzeros takes its zeros of lowest index along. No gradient reaches
+        weight through them.
 
     Raises:
         ValueError: a group has more than n nonzeros (the first one is named), or a shape does not fit.
         TypeError: a dtype does not fit.
     """
-    return torch.ops.pyprune.nm_compress(weight, n, m)
+    return torch.ops.pyprune.nm_compress(weight.detach(), n, m)
 
 
 def nm_decompress(values: Tensor, metadata: Tensor, n: int, m: int) -> Tensor:

@@ -185,7 +185,8 @@ define(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gradients. Training has many tokens, so backward multiplies by the dense weight, made for the moment.
+# Gradients. Training has many tokens, so backward multiplies by the dense weight, made for the moment. It consists of
+# torch's own operations on what has a gradient, so that it can be differentiated again; that of `masked_linear` cannot.
 
 
 def _bias_gradient(ctx: Any, place: int, grad_y: Tensor) -> Tensor | None:
@@ -203,7 +204,6 @@ class _NmLinear(torch.autograd.Function):
         ctx.save_for_backward(values, metadata)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -230,7 +230,6 @@ class _BitmapLinear(torch.autograd.Function):
         ctx.save_for_backward(values, bitmap, offsets)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -289,7 +288,6 @@ class _GatheredLinear(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:4])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, in_index, out_index = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None

@@ -10,14 +10,15 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """bool [..., columns] -> uint8 [..., ceil(columns / 8)]; the bits past the last column are 0."""
+    """A mask as bits: bool [..., columns] -> uint8 [..., ceil(columns / 8)], column j in bit j % 8 of byte j // 8; the
+    bits past the last column are 0."""
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (padded.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(bits: Tensor, columns: int) -> Tensor:
-    """uint8 [..., ceil(columns / 8)] -> bool [..., columns]."""
+    """The inverse of `pack_bits`: uint8 [..., ceil(columns / 8)] -> bool [..., columns]."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (bits[..., None] >> places & 1).flatten(-2)[..., :columns].bool()
 

@@ -370,6 +370,10 @@ def test_choice_names_its_reason() -> None:
     assert (implementation.name, why) == ("reference", "fp64 is the reference's")
     implementation, why = ops.choose("hsm", torch.device("meta"), torch.float32)
     assert (implementation.name, why) == ("reference", "no kernels for meta devices")
+    if not torch.cuda.is_available():
+        assert ops.choose("hsm", torch.device("cuda"), torch.float32)[1] == "torch sees no CUDA device"
+    with pytest.raises(ValueError, match=r"op is 'hsmm'; expected one of .*, hsm, "):
+        ops.choose("hsmm", torch.device("cpu"), torch.float32)
 
 
 @needs_kernels

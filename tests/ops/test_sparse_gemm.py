@@ -214,9 +214,31 @@ def test_gradients_of_the_weight() -> None:
     some = x[:, :4].detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, w, b: ops.gathered_linear(x, w, *kept, b), (some, weight, bias))
 
+    assert torch.autograd.gradgradcheck(lambda x, w, b: ops.gathered_linear(x, w, *kept, b), (some, weight, bias))
+
     grad_y = torch.randn(4, 6, dtype=torch.float64)
     dense = torch.autograd.grad(ops.masked_linear(x, weight, pack_bits(mask), bias, True), weight, grad_y)[0]
     torch.testing.assert_close(dense, grad_y.T @ x)
+
+
+@pytest.mark.parametrize("packed", ["nm", "bitmap"])
+def test_second_derivatives_are_those_of_the_dense_weight(packed: str) -> None:
+    """Of a gradient's length, whose derivative goes through the product twice."""
+    x, weight, _ = inputs(3, 5, 32, torch.float32)
+    weight = ops.masked_weight(weight, ops.nm_prune(weight.abs(), 2, 4)[0])
+    values, *rest = ops.nm_compress(weight, 2, 4) if packed == "nm" else ops.bitmap_pack(weight)
+    product = {
+        "nm": lambda x: ops.nm_linear(x, values, *rest, 2, 4),
+        "bitmap": lambda x: ops.bitmap_linear(x, values, *rest, 5, 32),
+    }[packed]
+    x.requires_grad_()
+
+    def twice(function: Callable[[Tensor], Tensor]) -> Tensor:
+        (grad,) = torch.autograd.grad(function(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.pow(2).sum(), x)[0]
+
+    expected = twice(lambda x: linear(x, weight))
+    assert (twice(product) - expected).norm() < 1e-5 * expected.norm()  # fp32, four products deep
 
 
 @needs_kernels
@@ -240,7 +262,9 @@ def test_gradients_of_the_kernels(case: str, dtype: torch.dtype) -> None:
 
 
 def test_packed_weights_are_constants() -> None:
-    """LoRA on top of a packed base: x's gradient flows, and nothing else is asked for one."""
+    """LoRA on top of a packed base: x's gradient flows, and nothing else is asked for one, whatever was packed."""
+    trained = torch.eye(8, requires_grad=True)
+    assert not any(tensor.requires_grad for tensor in (*ops.bitmap_pack(trained), *ops.nm_compress(trained, 2, 4)))
     x, weight, _ = inputs(3, 8, 16, torch.float32)
     op, _ = CASES["bitmap 50%"](weight)
     x.requires_grad_()
@@ -316,6 +340,10 @@ def test_arguments_are_checked() -> None:
         ops.nm_linear(x, weight[:, :4], torch.zeros(8, 1, dtype=torch.uint8), 2, 4)
     with pytest.raises(ValueError, match=r"masked_linear: mask_bits has shape \[8, 1\], expected \[8, 2\]"):
         ops.masked_linear(x, weight, torch.zeros(8, 1, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"masked_linear: mask_bits is torch.bool, expected its bits, .*ops.pack_bits"):
+        ops.masked_linear(x, weight, weight > 0)
+    with pytest.raises(TypeError, match=r"mask_bits is torch.int32, expected torch.uint8; cast it first"):
+        ops.masked_linear(x, weight, torch.zeros(8, 2, dtype=torch.int32))
     with pytest.raises(ValueError, match="masked_linear: mask_bits is on meta, x is on cpu"):
         ops.masked_linear(x, weight, torch.zeros(8, 2, dtype=torch.uint8, device="meta"))
     with pytest.raises(IndexError, match=r"gathered_linear: out_index spans 3 to 8, expected 0 to 7"):
