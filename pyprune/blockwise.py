@@ -196,8 +196,19 @@ class Block:
             raise PruningError(f"{self.name}.{name}: {error}") from error
 
     def keep(self, name: str, mask: Tensor) -> None:
-        """Zeroes the weights of a linear where `mask` [out, in] is False."""
-        self.linears[name].matrix.masked_fill_(~mask, 0)
+        """Zeroes the weights of a linear where `mask` [out, in] is False.
+
+        Raises:
+            KeyError: the block has no such linear. ValueError: the mask is not of its shape, or not of bool.
+        """
+        if name not in self.linears:
+            raise KeyError(f"{self.name} has no linear {name!r}; it has {', '.join(self.linears)}")
+        weight = self.linears[name].matrix
+        if mask.dtype != torch.bool or mask.shape != weight.shape:
+            raise ValueError(
+                f"{self.name}.{name}: the mask is {mask.dtype} {list(mask.shape)}; expected bool {list(weight.shape)}"
+            )
+        weight.masked_fill_(~mask, 0)
 
     def write(self, name: str, matrix: Tensor) -> None:
         """Replaces a linear's weight by `matrix` [out, in]. Raises PruningError when that is not finite."""
@@ -298,6 +309,16 @@ class BlockMethod(Protocol):
 Step = Callable[[Block], "Figures | None"]
 
 
+def _check_kinds(model: object, method: object, then: object) -> None:
+    """Raises TypeError for what is easily taken for an argument of `prune`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {model!r}; open it first, with AutoModelForCausalLM.from_pretrained")
+    if isinstance(method, type) or not hasattr(method, "solve"):
+        raise TypeError(f"method is {method!r}; expected one that prunes block by block, such as pyprune.Wanda(0.5)")
+    if not isinstance(then, Sequence):
+        raise TypeError(f"then is {then!r}; expected a list of steps, such as [pyprune.Reconstruction()]")
+
+
 @torch.no_grad()
 def prune(
     model: nn.Module,
@@ -328,9 +349,11 @@ def prune(
 
     Raises:
         PruningError: see there.
+        TypeError: model, method or then is something else.
         ValueError: options or calibration that do not fit the model, a folder of another run, or one for a method or
             a step that cannot be told apart from others later.
     """
+    _check_kinds(model, method, then)
     trunk = describe_blocks(model)
     pattern = _fit(trunk, method)
     _check_weights(trunk)

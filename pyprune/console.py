@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Item = TypeVar("Item")
 
+log = logging.getLogger("pyprune")
 console = Console(stderr=True)
 
 
@@ -29,9 +31,19 @@ def progress_bar(*columns: str) -> Progress:
 
 
 def track(items: Sequence[Item], shown: bool, description: str) -> Iterable[Item]:
-    """`items`, with a progress bar if `shown`."""
+    """`items`, with a progress bar if `shown`; where nobody sees one, lines in the log."""
     if not shown:
         yield from items
-        return
-    with progress_bar() as bar:
-        yield from bar.track(items, description=description)
+    elif console.is_terminal:
+        with progress_bar() as bar:
+            yield from bar.track(items, description=description)
+    else:
+        for done, item in enumerate(items, 1):
+            yield item
+            if is_tenth(done, len(items)):
+                log.info("%s: %d of %d", description, done, len(items))
+
+
+def is_tenth(done: int, total: int) -> bool:
+    """Whether with the last of `done` another tenth of `total` is done."""
+    return 10 * done // total > 10 * (done - 1) // total

@@ -32,6 +32,10 @@ def check_model(path: str | Path) -> None:
         if folder.is_absolute() or str(path).count("/") > 1 or str(path).startswith("."):
             raise ModelError(f"model folder {path} does not exist")
         return  # a name on the hub
+    if (folder / "stages").is_dir():
+        results = [name for name in ("model", "packed", "dense") if (folder / name / "config.json").is_file()]
+        named = " or ".join(str(folder / name) for name in results) or "its result, once there is one"
+        raise ModelError(f"model folder {path} is the folder of a run; give {named}")
     if not (folder / "config.json").is_file():
         raise ModelError(f"model folder {path} has no config.json; give the folder of a transformers checkpoint")
     if not any(folder.glob("*.safetensors")):

@@ -162,8 +162,11 @@ class SparseLinear(nn.Linear):
         """Packs a dense weight [out, in] bit for bit; `options` as of the class.
 
         Raises:
+            TypeError: `pattern` is not two numbers, such as (2, 4), or None.
             ValueError: the zeros are not those of `pattern`; the first group that does not fit is named.
         """
+        if isinstance(pattern, str):
+            raise TypeError(f"pattern is {pattern!r}; expected two numbers, such as (2, 4), or None for a bitmap")
         tensors = ops.bitmap_pack(weight) if pattern is None else ops.nm_compress(weight, *pattern)
         packed = dict(zip(cls.parts(pattern), tensors, strict=True))
         return cls(packed, weight.shape[1], weight.shape[0], bias, pattern, **options)

@@ -54,7 +54,8 @@ def calibration_batches(documents: Iterable[Document], tokenizer: Any, recipe: R
     if len(windows) < wanted:
         raise DataError(
             f"the calibration text has {len(windows)} windows of {recipe.calibration_window} tokens, fewer than "
-            f"calibration_windows={wanted}; give more text, or ask for fewer or shorter windows"
+            f"calibration_windows={wanted}; give more text, or ask for fewer (calibration_windows) or shorter ones "
+            "(calibration_window)"
         )
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))[:wanted]
     return windows.ids[chosen].split(recipe.batch_size)

@@ -89,10 +89,11 @@ def open_run(
     """
     folder = Path(folder)
     check_folder(folder, config, resume)
+    before = (folder / "config.json").exists()
     for sub in ("stages", "checkpoints"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
     with _locked(folder / ".lock"):
-        if not resume or not (folder / "config.json").exists():
+        if not resume or not before:
             write_json(folder / "config.json", config)
         _note_command(folder / "commands.jsonl", command)
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
@@ -100,10 +101,12 @@ def open_run(
         loggers = [log, logging.getLogger("py.warnings")]
         for logger in loggers:
             logger.addHandler(handler)
+        if resume and not before:
+            log.warning("--resume: there is no run in %s, so a new one begins", folder)
         try:
             yield Run(folder)
         except BaseException as error:
-            log.error("stopped: %s: %s", type(error).__name__, error)
+            log.error("stopped by %s", f"{type(error).__name__}: {error}".rstrip(": "))
             raise
         finally:
             for logger in loggers:
@@ -125,12 +128,13 @@ def check_folder(folder: Path, config: dict[str, Any], resume: bool) -> None:
             raise RunError(f"--out {folder} is not a run folder (no config.json), so it cannot be resumed")
         return  # killed before the configuration was written
     before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise RunError(
-                f"--resume: {key} was {before.get(key)!r} and is now {now.get(key)!r}; resume {folder} with the same "
-                "options, or name another folder"
-            )
+    other = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if other:
+        key = "method" if "method" in other else other[0]  # another method has other options too
+        raise RunError(
+            f"--resume: {key} was {before.get(key)!r} and is now {now.get(key)!r}; resume {folder} with the same "
+            "options, or name another folder"
+        )
 
 
 def _is_void(folder: Path) -> bool:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pyprune.console import progress_bar
+from pyprune.console import console, is_tenth, progress_bar
 from pyprune.data import TokenWindows
 from pyprune.head_loss import HeadLoss, applies
 
@@ -382,6 +382,9 @@ class Metrics(TrainerCallback):
             tokens = self.tokens_read(state.global_step) - self.tokens_read(self.first_step)
             speed = tokens / (time.monotonic() - self.start)
             self.bar.update(self.task, completed=state.global_step, loss=logs["loss"], speed=speed)
+            if not console.is_terminal and is_tenth(state.global_step, state.max_steps):
+                step, total, loss = state.global_step, state.max_steps, logs["loss"]
+                log.info("%s: step %d of %d, loss %.3f, %.0f tokens/s", self.stage, step, total, loss, speed)
 
     def close(self) -> None:
         """Ends the progress bar."""

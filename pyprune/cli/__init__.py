@@ -37,7 +37,10 @@ def _command(name: str) -> Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(argv).parse_args(argv, Options(argv=["pyprune", *argv]))
+    parser = _parser(argv)
+    args, unknown = parser.parse_known_args(argv, Options(argv=["pyprune", *argv]))
+    if unknown:
+        parser.error(_unknown(args, unknown))
     logging.captureWarnings(True)
     try:
         result = _command(args.command).run(args)
@@ -54,6 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who reads a pipe has seen enough (`| head`); what is left must not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _unknown(args: Options, unknown: Sequence[str]) -> str:
+    """Why arguments were not understood: an option may be one of another method, or almost one of this one."""
+    text = f"unrecognized arguments: {' '.join(unknown)}"
+    if getattr(args, "method", None) is None:
+        return text
+    from pyprune.methods import with_option
+
+    option = unknown[0].partition("=")[0]
+    owners = with_option(option.removeprefix("--no-").removeprefix("--").replace("-", "_"))
+    if owners and args.method not in owners:
+        return f"{text}; {option} is an option of --method {', '.join(owners)}"
+    return f"{text}; `pyprune {args.command} --method {args.method} --help` lists what it takes"
 
 
 def _handled(args: Options, error: Exception) -> int:

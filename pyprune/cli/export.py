@@ -36,4 +36,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     if "report" in result:
         print(result["report"])
+        if result["packed"] == 0:
+            print("nothing was packed, for there are too few zeros: `pyprune prune` makes some")
     print(f"written to {result['out']}")

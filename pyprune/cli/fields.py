@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Collection
@@ -31,11 +32,13 @@ def add_fields(
             known["choices"] = field.metadata["choices"]
         if kind is not bool and "choices" not in known:
             known["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
-        shown = "" if default is None else f" (default: {default})"
+        text = field.metadata["help"]
+        if default is not None:
+            text = f"{re.sub(r' [(]default: [^()]*[)]', '', text)} (default: {default})"
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
             default=default,
-            help=(field.metadata["help"] + shown).replace("%", "%%"),
+            help=text.replace("%", "%%"),
             **known,
         )
 

@@ -65,8 +65,8 @@ def show(result: dict[str, Any]) -> None:
     speed = result["tokens_per_second"]
     peak = "" if result["peak_bytes"] is None else f", peak memory {result['peak_bytes'] / 1e6:,.0f} MB"
     print(
-        f"{result['tokens']} tokens, {'' if speed is None else f'{speed:.1f} tokens/s after '}the first in "
-        f"{result['first_token_seconds']:.2f} s (prompt of {result['prompt_tokens']}), weights "
+        f"prompt of {result['prompt_tokens']} tokens, the first of {result['tokens']} new ones after "
+        f"{result['first_token_seconds']:.2f} s{'' if speed is None else f', then {speed:.1f} tokens/s'}, weights "
         f"{result['weight_bytes'] / 1e6:,.0f} MB{peak}",
         file=sys.stderr,
     )

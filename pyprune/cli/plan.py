@@ -27,8 +27,11 @@ def options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     what.add_argument("--apply", type=Path, metavar="FILE", help="cut as a saved plan says; needs --out")
     parser.add_argument("--out", type=Path, metavar="DIR", help="with --apply: where the smaller checkpoint goes")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan, for --apply")
-    parser.add_argument("--axes", default="heads,channels", help=f"what may shrink, of {','.join(AXES)}")
-    parser.add_argument("--criterion", default="activation", choices=list(CRITERIA), help="what is important")
+    axes, criterion = "heads,channels", "activation"
+    parser.add_argument("--axes", default=axes, help=f"what may shrink, of {','.join(AXES)} (default: {axes})")
+    parser.add_argument(
+        "--criterion", default=criterion, choices=list(CRITERIA), help=f"what is important (default: {criterion})"
+    )
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="text, jsonl or parquet that criteria read")
     structured.add_calibration_windows(parser)
     parser.add_argument(
@@ -44,7 +47,7 @@ def options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         "--skip", default="", metavar="LIST", help="with --no-uniform: blocks to leave alone, as 0,1,29"
     )
     parser.add_argument(
-        "--ranking", default="local", choices=["local", "global"], help="in every block, or in all at once"
+        "--ranking", default="local", choices=["local", "global"], help="in every block (default: local), or in all"
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that the model brings")

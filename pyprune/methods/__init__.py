@@ -85,6 +85,12 @@ def find(name: str) -> type[Any]:
     return getattr(importlib.import_module(module), attribute)
 
 
+def with_option(name: str) -> list[str]:
+    """The methods that have this option. All of their files are imported."""
+    known = REGISTRY | ONE_SHOT
+    return [method for method in known if name in {field.name for field in dataclasses.fields(find(method))}]
+
+
 def like(name: str, other: Method) -> Method:
     """The method `name` with every option that it shares with `other`, for a comparison on equal terms.
 

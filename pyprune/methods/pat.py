@@ -160,6 +160,7 @@ class PAT(Pruning):
         Raises:
             ValueError: no calibration, a ratio or width that does not fit, a family that is not known.
         """
+        self.refuse_adapters(model)
         self.check(model)
         if self.compact:
             surgery.refuse_what_cannot_be_cut(surgery.residual_layers(describe(model)), "PAT with compact")
@@ -225,7 +226,7 @@ class _Tuning:
         self.hooks = [
             writer.register_forward_hook(self._hook(self.hsms.get(name))) for name, writer in decoder.writers().items()
         ]
-        self.frozen = False
+        self.frozen = self.begun = False
         self.resume: Path | None = None
         if "kept" in structure:
             self.freeze(None)
@@ -289,7 +290,8 @@ class _Tuning:
 
     def finish(self, model: nn.Module) -> nn.Module:
         if not self.frozen:
-            raise RuntimeError("PAT.finalize: training has not reached the milestone, so no channel was chosen yet")
+            why = "has not reached the milestone" if self.begun else "had no callbacks=[pat.callback()]"
+            raise RuntimeError(f"PAT.finalize: training {why}, so no channel was chosen yet")
         matrices = {name: hsm.transform() for name, hsm in self.hsms.items()}
         for hook in self.hooks:
             hook.remove()
@@ -315,6 +317,7 @@ class _Callback(TrainerCallback):
     ) -> None:
         check_arguments(args, "compact=False" if self.tuning.options.compact else None)
         self.milestone = self.tuning.options.check_steps(state.max_steps)
+        self.tuning.begun = True
         resume_state(self.tuning.model, state.global_step, self.tuning.resume)
 
     def on_step_begin(

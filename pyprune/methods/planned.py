@@ -46,8 +46,9 @@ class PlannedCut(Structured):
         """The cut model with LoRA.
 
         Raises:
-            ValueError: what `cut` raises, or `resume` is of another model or target.
+            ValueError: what `cut` raises, adapters, or `resume` is of another model or target.
         """
+        self.refuse_adapters(model)
         return self.adapt(self.cut(model, calibration, None if resume is None else self._resumed(model, Path(resume))))
 
     def _resumed(self, model: nn.Module, checkpoint: Path) -> plan.Plan:

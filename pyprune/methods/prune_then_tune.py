@@ -67,8 +67,9 @@ class HiddenCut(LoRA):
         """The cut model with LoRA.
 
         Raises:
-            ValueError: what `cut` raises, or `resume` is of another method or model.
+            ValueError: what `cut` raises, adapters, or `resume` is of another method or model.
         """
+        self.refuse_adapters(model)
         axes = None if resume is None else self._resumed(model, Path(resume))
         return self.adapt(self.cut(model, calibration, axes))
 

@@ -33,12 +33,19 @@ def make(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         `problems` (one line each), `files` (written), `runs` and `tables` as plain data.
 
     Raises:
-        ReportError: none of the folders is a run, or `out` is a file.
+        ReportError: none of the folders is a run, or `out` is a file or the folder of a model.
     """
     if out.exists() and not out.is_dir():
         raise ReportError(f"--out {out} is a file; name a folder")
+    if any(out.glob("*.safetensors")):
+        raise ReportError(f"--out {out} holds a model; name a folder of its own")
     runs, problems = read_runs(folders)
     problems += [f"{run.label}: {problem}" for run in runs for problem in run.problems]
+    problems += [
+        f"{run.label} measured no perplexity (--eval-data), so it is in no picture of it"
+        for run in runs
+        if run.results and all(model.perplexity is None for model in run.results)
+    ]
     found = all_tables(runs)
     out.mkdir(parents=True, exist_ok=True)
     written = [*_illustrated(runs, found, problems, out), out / "report.txt"]

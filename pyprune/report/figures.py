@@ -258,7 +258,11 @@ def _outside(box: Any, frame: Any) -> float:
 def pictures(runs: Sequence[Run]) -> list[Picture]:
     """All pictures for which the runs have figures."""
     styles = Styles(runs)
-    groups = [group for group in comparable(runs) if any(run.dense or run.results for run in group)]
+    groups = [
+        group
+        for group in comparable(runs)
+        if any(model.perplexity is not None for run in group for model in run.models)
+    ]
     found: list[Picture | None] = []
     for number, group in enumerate(groups, 1):
         suffix = f"-{number}" if len(groups) > 1 else ""

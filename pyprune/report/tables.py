@@ -151,7 +151,11 @@ def headline(run: Run) -> str:
         before = run.dense.perplexity if run.dense else None
         parts.append(f"perplexity {f'{perplexity(before)} → ' if before else ''}{perplexity(model.perplexity)}")
     if model.decode is not None:
-        limit = f" of {times(model.decode_limit)} at most" if model.decode_limit else ""
+        limit = ""
+        if model.decode_limit and model.decode <= model.decode_limit:
+            limit = f" of {times(model.decode_limit)} at most"
+        elif model.decode_limit:  # where the dense model falls short of the memory's bandwidth, or others were at work
+            limit = f" (more than its bytes explain, {times(model.decode_limit)})"
         parts.append(f"decoding {times(model.decode)}{limit}")
     return ", ".join(parts) or run.state
 
@@ -348,11 +352,15 @@ def every_layer(runs: Sequence[Run]) -> Table:
     return _table("every-layer", "Before and after, every linear", columns, rows, long=True)
 
 
+def _whole(record: Mapping[str, Any]) -> float | None:
+    """A stage's seconds; one that trained in several processes counts at least all of its steps."""
+    found = [number(record, "seconds"), number(record, "training", "seconds")]
+    return max((seconds for seconds in found if seconds is not None), default=None)
+
+
 def stages(runs: Sequence[Run]) -> Table:
     """What each stage of the runs took."""
-    rows = [
-        (run.label, clean(stage), number(record, "seconds")) for run in runs for stage, record in run.stages.items()
-    ]
+    rows = [(run.label, clean(stage), _whole(record)) for run in runs for stage, record in run.stages.items()]
     columns = (Column("run"), Column("stage"), Column("time", "seconds"))
     return _table("stages", "Stages", columns, rows)
 

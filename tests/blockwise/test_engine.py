@@ -468,6 +468,36 @@ def test_a_method_that_prunes_too_little_is_found_out() -> None:
         prune(decoder("llama"), Idle(), calibration())
 
 
+def test_what_is_easily_mistaken_for_an_argument_is_named() -> None:
+    model: Any = decoder("llama")
+    for arguments, message in (
+        (("a folder", Magnitude()), "model is 'a folder'; open it first"),
+        ((model, "wanda"), "method is 'wanda'; expected one that prunes block by block"),
+        ((model, Magnitude), r"method is <class .*Magnitude'>; expected one"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            prune(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"then is <function .*; expected a list of steps"):
+        prune(model, Magnitude(), then=lambda block: None)  # type: ignore[arg-type]
+
+    @dataclass
+    class Own(Magnitude):
+        def solve(self, block: Block) -> None:
+            name, mask = self.given
+            block.keep(name, mask)
+
+    method = Own(sparsity=0.5)
+    shape = tuple(model.model.layers[0].self_attn.q_proj.weight.shape)
+    for name, mask, kind, message in (
+        ("q_proj", torch.ones(shape).bool(), KeyError, r"has no linear 'q_proj'; it has self_attn.q_proj, "),
+        ("self_attn.q_proj", torch.ones(shape), ValueError, r"q_proj: the mask is torch.float32 \["),
+        ("self_attn.q_proj", torch.ones(3, 3).bool(), ValueError, r"the mask is torch.bool \[3, 3\]; expected bool \["),
+    ):
+        method.given = (name, mask)  # type: ignore[attr-defined]
+        with pytest.raises(kind, match=message):
+            prune(model, method)
+
+
 def test_models_that_cannot_be_pruned_in_place_are_refused() -> None:
     model = decoder("llama")
     model.model.layers[1].mlp.up_proj.to("meta")

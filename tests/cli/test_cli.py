@@ -194,6 +194,22 @@ def test_bad_options_are_refused_and_nothing_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--target params=0.7", "--target params=0.7; --target is an option of --method loraprune, llm-pruner, "),
+        ("--method loraprune --ratio=0.2", "--ratio=0.2; --ratio is an option of --method pat, prune-then-tune"),
+        ("--metod lora", "--metod lora; `pyprune tune --method lora --help` lists what it takes"),
+    ],
+)
+def test_an_option_of_another_method_is_told_so(
+    tmp_path: Path, tiny_llama: Path, text: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(list(tune(tiny_llama, text, tmp_path / "out", *options.split())))
+    assert f"unrecognized arguments: {message}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("method", "expected"), [("pat", "lora,prune-then-tune"), ("slimgpt", "lora")])
 def test_the_demo_compares_with_what_it_can(method: str, expected: str) -> None:
     parser = argparse.ArgumentParser()
@@ -345,6 +361,8 @@ def test_another_configuration_is_refused(
 ) -> None:
     error = refused(capsys, *tune(tiny_llama, text, finished, "--resume", "--seed", "1"))
     assert "--resume: seed was 0 and is now 1" in error
+    error = refused(capsys, *tune(tiny_llama, text, finished, "--resume", "--method", "pat"))
+    assert "--resume: method was 'lora' and is now 'pat'" in error  # and not an option that only one of them has
     changed = text.with_name("changed.txt")
     changed.write_text(prose + " more")
     assert "--resume: data was" in refused(capsys, *tune(tiny_llama, changed, finished, "--resume"))

@@ -66,7 +66,8 @@ def test_text_goes_to_stdout_and_figures_to_stderr(capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     assert out.strip() == expected["text"].strip()
     last = err.strip().splitlines()[-1]
-    assert last.startswith(f"{expected['tokens']} tokens, ") and "MB, peak memory" in last
+    tokens = f"prompt of {expected['prompt_tokens']} tokens, the first of {expected['tokens']} new ones after "
+    assert last.startswith(tokens) and "MB, peak memory" in last
 
 
 def test_sampling_follows_the_seed(capsys: pytest.CaptureFixture[str], packed: Path) -> None:
@@ -98,6 +99,14 @@ def test_export_reports_and_goes_back(
     assert (tmp_path / "dense" / "tokenizer.json").exists()
 
 
+def test_export_says_when_nothing_is_packed(
+    capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    assert main(["export", str(tiny_llama), "--out", str(tmp_path / "packed")]) == 0
+    shown = capsys.readouterr().out
+    assert "0 of 14 linears packed" in shown and "nothing was packed, for there are too few zeros" in shown
+
+
 def test_a_model_whose_logits_are_not_finite_is_named(
     capsys: pytest.CaptureFixture[str], tiny_llama: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -118,6 +127,12 @@ def test_bad_input_is_refused(capsys: pytest.CaptureFixture[str], packed: Path, 
     assert "--temperature is -1.0" in refused(capsys, *run, "a", "--temperature", "-1")
     assert "model folder /nowhere does not exist" in refused(capsys, "generate", "/nowhere", "--prompt", "a")
     assert "exists and is not an empty folder" in refused(capsys, "export", str(packed), "--out", str(packed))
+    (tmp_path / "run" / "stages").mkdir(parents=True)
+    given = ("generate", str(tmp_path / "run"), "--prompt", "a")
+    assert "is the folder of a run; give its result, once there is one" in refused(capsys, *given)
+    (tmp_path / "run" / "packed").mkdir()
+    (tmp_path / "run" / "packed" / "config.json").write_text("{}")
+    assert f"is the folder of a run; give {tmp_path}/run/packed" in refused(capsys, *given)
     (tmp_path / "config.json").write_text((packed / "config.json").read_text())
     content = (packed / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-100])

@@ -11,7 +11,15 @@ import torch
 from methods.reads import Reads
 from surgery.tiny_decoders import WIDTH, tiny, token_ids
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from pyprune import PAT
 from pyprune.architectures import describe, unwrap
@@ -419,6 +427,9 @@ def test_bad_input(tmp_path: Path) -> None:
     assert pat(milestone=0.9).check_steps(20) == 18
     method = pat()
     model = prepared(method)
+    with pytest.raises(RuntimeError, match=r"training had no callbacks=\[pat.callback\(\)\], so no channel was chosen"):
+        method.finalize(model)
+    method.callback().on_train_begin(TrainingArguments(use_cpu=True), TrainerState(max_steps=9), TrainerControl())
     with pytest.raises(RuntimeError, match="has not reached the milestone"):
         method.finalize(model)
     assert hasattr(unwrap(model), "pat")

@@ -208,6 +208,36 @@ def test_a_run_of_unknown_kind_shows_what_it_has(tmp_path: Path) -> None:
     assert rows(result, "training")[0]["last"] == 2.5
 
 
+def test_a_run_without_perplexity_says_so(tmp_path: Path) -> None:
+    measured, silent = run_folders.pruned(tmp_path / "measured"), run_folders.pruned(tmp_path / "silent")
+    for name in ("dense", "reload", "speed"):
+        (silent / "stages" / f"{name}.json").unlink(missing_ok=True)
+    (silent / "summary.json").unlink(missing_ok=True)
+    result = report.make([measured, silent], tmp_path / "out")
+    assert "silent measured no perplexity (--eval-data), so it is in no picture of it" in result["problems"]
+    assert not any("measured no" in problem for problem in result["problems"] if not problem.startswith("silent"))
+    assert (tmp_path / "out" / "pareto-size.png").exists()  # and not as the first of two
+
+
+@pytest.mark.parametrize(
+    ("decode", "said"), [(1.1, "decoding 1.10× of 1.40× at most"), (1.6, "1.60× (more than its bytes explain, 1.40×)")]
+)
+def test_a_gain_above_its_limit_is_said_to_be_one(tmp_path: Path, decode: float, said: str) -> None:
+    folder = run_folders.tuned(tmp_path / "run")
+    record = json.loads((folder / "stages" / "speed.json").read_text())
+    record["speedup"]["decode"] = decode
+    run_folders.write(folder / "stages" / "speed.json", record)
+    assert said in numbers(tmp_path / "out", folder)["runs"][0]["summary"]
+
+
+def test_a_resumed_stage_counts_all_of_its_steps(tmp_path: Path) -> None:
+    folder = run_folders.tuned(tmp_path / "run")
+    record = json.loads((folder / "stages" / "pat.json").read_text())
+    run_folders.write(folder / "stages" / "pat.json", record | {"training": {"seconds": 50.0}})
+    found = {row["stage"]: row["time"] for row in rows(numbers(tmp_path / "out", folder), "stages")}
+    assert found["pat"] == 50.0 and found["lora"] == 4.0
+
+
 def test_a_summary_alone_makes_a_report(tmp_path: Path) -> None:
     """As of a run whose other files were not copied, or of an older version."""
     folder = tmp_path / "run"
@@ -375,11 +405,14 @@ def test_without_jinja2_there_are_pictures_and_no_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "out", "said"), [("nowhere", "out", "no such folder"), ("run", "file", "name a folder")]
+    ("run", "out", "said"),
+    [("nowhere", "out", "no such folder"), ("run", "file", "name a folder"), ("run", "model", "holds a model")],
 )
 def test_errors_need_no_torch(tmp_path: Path, run: str, out: str, said: str) -> None:
     run_folders.pruned(tmp_path / "run")
     (tmp_path / "file").write_text("")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_text("")
     done = without("", str(tmp_path / run), "--out", str(tmp_path / out))
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
