@@ -133,16 +133,14 @@ def test_tuned_and_resumed_bit_for_bit(tmp_path: Path) -> None:
     what stays."""
     tuned_in_two_parts(lambda: slimgpt(lora_dropout=0.1), CALIBRATION, tmp_path)
     checkpoint = tmp_path / "True" / "checkpoint-3"
-    rows = [
-        describe(slimgpt().prepare(tiny("llama"), calibration, resume=resume)).blocks[1].reads[1].linears[0]
-        for calibration, resume in (
-            (CALIBRATION, checkpoint),
-            ([CALIBRATION[0].flip(0) // 2], checkpoint),
-            ([CALIBRATION[0].flip(0) // 2], None),
-        )
+    other = [CALIBRATION[0].flip(0) // 2]
+    blocks = [
+        slimgpt().prepare(tiny("llama"), calibration, resume=resume).base_model.model.model.layers[1].mlp
+        for calibration, resume in ((CALIBRATION, checkpoint), (other, checkpoint), (other, None))
     ]
-    first, resumed, anew = (linear.base_layer.weight for linear in rows)
+    first, resumed, anew = (block.gate_proj.base_layer.weight for block in blocks)
     assert torch.equal(resumed, first) and not torch.equal(anew, first)
+    assert (blocks[1].down_proj.base_layer.weight != 0).any(0).all()  # what stays was not what had been zeroed
     with pytest.raises(ValueError, match="of a run with another target"):
         slimgpt(target="heads=1,channels=16").prepare(tiny("llama"), CALIBRATION, resume=checkpoint)
 
