@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "gpu" / "check.sh"
+BENCHMARKS = SCRIPT.parents[2] / "benchmarks"
 TOOL = """#!/bin/sh
 case "$*" in *"-m pytest"*) echo "$TESTS" ;; *capability*) echo 90a ;; esac
 """
@@ -59,3 +63,29 @@ def test_tests_that_were_all_skipped_count_as_failed(tools: Path, tmp_path: Path
     together = max(int(limit) for limit, command in steps if "-m pytest" in command)
     said = re.search(r"add up to (\d+) seconds", SCRIPT.read_text())
     assert said and sum(limits) + together == int(said[1]) <= 525 and "bench_pat_step.py" in summary
+
+
+def test_benchmarks_take_the_options_that_it_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each script up to the end of its command line: an option that is gone would cost minutes of a GPU."""
+
+    class Taken(Exception):
+        pass
+
+    def parse(parser: argparse.ArgumentParser) -> None:
+        right(parser)
+        raise Taken
+
+    right = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = SCRIPT.read_text()
+    for name in ("tokens", "steps"):
+        found = re.search(rf'^{name}="(.*)"$', script, re.MULTILINE)
+        assert found
+        script = script.replace(f"${name}", found[1])
+    commands = re.findall(r"benchmarks/(\w+)\.py([^\"|\n]*)", script)
+    assert len(commands) == 9
+    for name, options in commands:
+        monkeypatch.setattr("sys.argv", [name, *shlex.split(options.partition("||")[0])])
+        with pytest.raises(Taken):
+            importlib.import_module(name).main()

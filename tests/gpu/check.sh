@@ -86,8 +86,8 @@ join
 tokens="1 8 16 32 64 256 2048 16384"
 for command in \
   "tune 45 benchmarks/tune_sparse_gemm.py --rounds 3 --save" \
-  "bench_ops 80 benchmarks/bench_ops.py --device cuda --without compile --budget 0.8 --tokens $tokens --save" \
-  "bench_serving 90 benchmarks/bench_serving.py --device cuda --rounds 5 --save" \
+  "bench_ops 70 benchmarks/bench_ops.py --device cuda --without compile --budget 0.8 --tokens $tokens --save" \
+  "bench_serving 100 benchmarks/bench_serving.py --device cuda --rounds 5 --save" \
   "bench_hsm 30 benchmarks/bench_hsm.py --device cuda --no-compile --dtypes bfloat16 --tokens 2048 16384 --save"; do
   read -r name seconds arguments <<<"$command"
   step $name $seconds $python $arguments || failed=$((failed + 1))
