@@ -27,6 +27,7 @@ NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {c: f"s{i}"
 SIZE = (5.4, 3.7)  # inches of 72 units; a text of 10 is then as large as the page's small print
 LABEL = 22  # characters of a name in a picture; the tables have all of it
 STRONGEST = 0.4  # share of a colour under a number, which must be legible in both schemes
+SAME = 0.01  # share by which sizes or speeds must differ to count as different
 MASK_FIGURES = ("mask_going", "mask_staying", "mask")
 
 
@@ -341,12 +342,16 @@ def _pareto(group: Sequence[Run], runs: Sequence[Run], styles: Styles, key: str,
 
 
 def _front(points: Sequence[tuple[Any, ...]], key: str) -> list[tuple[float, float]]:
-    """The points that no other beats in both."""
+    """The points that no other beats in both. What differs by less than `SAME` in size or speed is equal there: two
+    packed models of as many zeros are, but for padding."""
     sign = 1 if key == "bytes" else -1
     front: list[tuple[float, float]] = []
     for x, y, *_ in sorted(points, key=lambda point: (sign * point[0], point[1])):
-        if not front or y < front[-1][1]:
-            front.append((x, y))
+        if front and y >= front[-1][1]:
+            continue
+        if front and abs(x - front[-1][0]) < SAME * front[-1][0]:
+            front.pop()
+        front.append((x, y))
     return front
 
 

@@ -121,6 +121,10 @@ def test_the_front_is_what_nothing_beats() -> None:
     points = [(1.0, 9.0), (2.0, 5.0), (2.0, 4.0), (3.0, 4.5), (4.0, 1.0)]
     assert figures._front(points, "bytes") == [(1.0, 9.0), (2.0, 4.0), (4.0, 1.0)]
     assert figures._front(points, "decode") == [(4.0, 1.0)]
+    assert figures._front([(254.703, 727.0), (254.706, 262.0), (538.0, 19.0)], "bytes") == [
+        (254.706, 262.0),
+        (538.0, 19.0),
+    ]
 
 
 @pytest.mark.parametrize(("low", "high"), [(2.08, 2.16), (20, 95_000), (4.9, 5.4), (0.97, 1.03), (19.0, 420.0)])
