@@ -194,7 +194,9 @@ def file_digest(path: str | Path) -> str:
 def _brief(record: dict[str, Any]) -> str:
     numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
     numbers |= {"perplexity": record["perplexity"]["value"]} if "perplexity" in record else {}
-    return ", ".join(f"{key} {value:.6g}" for key, value in numbers.items())
+    return ", ".join(
+        f"{key} {value:,}" if type(value) is int else f"{key} {value:.6g}" for key, value in numbers.items()
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the recipe

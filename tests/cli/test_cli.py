@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +26,7 @@ from pyprune import methods
 from pyprune.cli import demo, fields, main
 from pyprune.cli.log import log_to_stderr
 from pyprune.models import open_model
-from pyprune.runs import Experiment, Recipe
+from pyprune.runs import Experiment, Recipe, open_run
 
 SUMMARY = {
     *("method", "ratio_requested", "ratio_achieved", "params_dense", "params_pruned", "block_params_dense"),
@@ -354,6 +356,17 @@ def test_loading_weights_leaves_stderr_to_us(tiny_llama: Path, capfd: pytest.Cap
     open_model(tiny_llama)
     assert capfd.readouterr().err == ""
     assert not are_progress_bars_disabled()  # downloads still show theirs
+
+
+def test_a_stage_is_logged_in_numbers_that_can_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record = {"params": 100886256, "tied": True, "perplexity": {"value": 49.75871}, "linears": {}}
+    logger = logging.getLogger("pyprune")
+    logger.addHandler(caplog.handler)  # commands keep it from going further
+    with caplog.at_level(logging.INFO, "pyprune"), open_run(tmp_path / "run", {}, resume=True) as run:
+        run.stage("dense", lambda: record)
+    logger.removeHandler(caplog.handler)
+    assert f"there is no run in {tmp_path / 'run'}, so a new one begins" in caplog.messages[0]
+    assert re.search(r" s: params 100,886,256, tied 1, seconds \S+, perplexity 49\.7587$", caplog.messages[-1])
 
 
 def test_another_configuration_is_refused(
