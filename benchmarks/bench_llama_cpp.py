@@ -46,6 +46,13 @@ def rows_for_rope(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
+def quantize(parameter: nn.Parameter, kind: gguf.GGMLQuantizationType) -> Any:
+    """A matrix as a file holds it, bytes [rows, ...]; its parameter becomes what that stands for."""
+    quantized = gguf.quants.quantize(parameter.detach().float().numpy(), kind)
+    parameter.copy_(torch.from_numpy(gguf.quants.dequantize(quantized, kind)))
+    return quantized
+
+
 def write(model: Any, path: Path, format: str) -> int:
     """The model as a file of llama.cpp's; its own matrices become what the file holds. Returns the bytes of the
     matrices that a token reads."""
@@ -71,8 +78,7 @@ def write(model: Any, path: Path, format: str) -> int:
             writer.add_tensor(found, weight.numpy())
             continue
         # blocks of the formats lie in a row, so that rows may be quantized before they change places
-        quantized = gguf.quants.quantize(weight.numpy(), kind)
-        parameter.copy_(torch.from_numpy(gguf.quants.dequantize(quantized, kind)))
+        quantized = quantize(parameter, kind)
         placed = rows_for_rope(torch.from_numpy(quantized), heads[layer]).numpy() if layer in heads else quantized
         writer.add_tensor(found, placed, raw_dtype=kind)
         read += quantized.nbytes if layer != "embed_tokens" or config.tie_word_embeddings else 0
@@ -154,14 +160,12 @@ def quality() -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = data.demo_model(Path(scratch, "model"))
         dense, tokenizer = open_model(folder, "bfloat16").eval(), open_tokenizer(folder)
-    text = data.encode(data.demo_text().held_out, tokenizer)
+    text = data.held_out_stream(data.demo_text().held_out, tokenizer, WINDOW, HELD_OUT)
     rows = []
     for name in ("dense", *FORMATS):
         model = copy.deepcopy(dense)
         bits = 16.0 if name == "dense" else round_to(model, name)
-        found = perplexity(
-            model, text.ids[:HELD_OUT], WINDOW, labels=text.labels[:HELD_OUT], bos=text.bos, progress=False
-        ).value
+        found = perplexity(model, text.ids, WINDOW, labels=text.labels, bos=text.bos, progress=False).value
         who = name if name == "dense" else f"llama.cpp {name}"
         print(f"  {who:18} {bits:4.1f} bits a weight, perplexity {found:.2f}", flush=True)
         rows.append(
@@ -176,8 +180,7 @@ def round_to(model: nn.Module, format: str) -> float:
     size = count = 0
     for parameter in model.parameters():
         if parameter.dim() == 2:
-            quantized = gguf.quants.quantize(parameter.float().numpy(), kind)
-            parameter.copy_(torch.from_numpy(gguf.quants.dequantize(quantized, kind)))
+            quantized = quantize(parameter, kind)
             size, count = size + quantized.nbytes, count + parameter.numel()
     return 8 * size / count
 

@@ -279,6 +279,21 @@ def encode(documents: Iterable[Document], tokenizer: Any) -> TokenStream:
     return TokenStream(torch.tensor(ids, dtype=torch.long), torch.tensor(labels, dtype=torch.long), _bos(tokenizer))
 
 
+def held_out_stream(
+    documents: Iterable[Document], tokenizer: Any, window: int, tokens: int | None = None
+) -> TokenStream:
+    """The text that perplexity is measured on, its first `tokens` (None: all). Raises DataError when that is less than
+    one window."""
+    whole = encode(documents, tokenizer)
+    text = TokenStream(whole.ids[:tokens], whole.labels[:tokens], whole.bos)
+    if len(text) < window:
+        raise DataError(
+            f"the held-out text has {len(text)} tokens, fewer than one eval_window of {window}; give more of it or a "
+            "smaller eval_window"
+        )
+    return text
+
+
 def _bos(tokenizer: Any) -> int | None:
     """The begin-of-text token, if this tokenizer puts one in front of a text."""
     first = tokenizer("a")["input_ids"][:1]

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyprune import checkpoint, evaluation
 from pyprune.blockwise import Step, check, prune, reads_text
 from pyprune.calibration import Keep
-from pyprune.data import DataError, Document, TokenStream, encode
+from pyprune.data import DataError, Document, encode, held_out_stream
 from pyprune.methods import option
 from pyprune.models import open_model, open_skeleton, open_tokenizer
 from pyprune.runs import Run, environment, write_json
@@ -59,21 +59,6 @@ def calibration_batches(documents: Iterable[Document], tokenizer: Any, recipe: R
         )
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))[:wanted]
     return windows.ids[chosen].split(recipe.batch_size)
-
-
-def held_out_stream(
-    documents: Iterable[Document], tokenizer: Any, window: int, tokens: int | None = None
-) -> TokenStream:
-    """The text that perplexity is measured on, its first `tokens` (None: all). Raises DataError when that is less than
-    one window."""
-    whole = encode(documents, tokenizer)
-    text = TokenStream(whole.ids[:tokens], whole.labels[:tokens], whole.bos)
-    if len(text) < window:
-        raise DataError(
-            f"the held-out text has {len(text)} tokens, fewer than one eval_window of {window}; give more of it or a "
-            "smaller eval_window"
-        )
-    return text
 
 
 class Pruning:

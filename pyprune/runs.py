@@ -31,7 +31,7 @@ from torch import nn
 
 from pyprune import checkpoint, evaluation, surgery
 from pyprune.architectures import describe, describe_blocks, size_of
-from pyprune.data import Corpus, DataError, TokenStream, encode
+from pyprune.data import Corpus, DataError, encode, held_out_stream
 from pyprune.info import commit, processor, version_of
 from pyprune.methods import LEARNING_RATE, Method, like, option
 from pyprune.models import open_model, open_skeleton, open_tokenizer
@@ -272,14 +272,7 @@ class Experiment:
         if corpus.calibration is not corpus.train:
             self.calibration_windows = encode(corpus.calibration, self.tokenizer).windows(recipe.window)
         self.calibration = self._calibration()
-        held_out = encode(corpus.held_out, self.tokenizer)
-        end = recipe.eval_tokens or len(held_out)
-        self.held_out = TokenStream(held_out.ids[:end], held_out.labels[:end], held_out.bos)
-        if len(self.held_out) < recipe.eval_window:
-            raise DataError(
-                f"the held-out text has {len(self.held_out)} tokens, fewer than one eval_window of "
-                f"{recipe.eval_window}; give more of it or a smaller eval_window"
-            )
+        self.held_out = held_out_stream(corpus.held_out, self.tokenizer, recipe.eval_window, recipe.eval_tokens)
 
     def another(self, name: str, method: Method, seed: int) -> Experiment:
         """The same model, text and recipe with another method, without baselines, and another seed; the text is not

@@ -116,11 +116,11 @@ def _documents(args: argparse.Namespace, path: Path) -> tuple[list[Any], Any]:
 
 def _held_out(args: argparse.Namespace) -> Any:
     """The text to measure on, None without one. Raises DataError when it cannot be measured on."""
-    from pyprune.oneshot import held_out_stream
+    from pyprune import data
 
     if args.eval_data is None:
         return None
-    return held_out_stream(*_documents(args, args.eval_data), args.eval_window)
+    return data.held_out_stream(*_documents(args, args.eval_data), args.eval_window)
 
 
 def _measure(args: argparse.Namespace, text: Any, run: Any) -> dict[str, Any]:

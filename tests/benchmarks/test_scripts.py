@@ -240,6 +240,31 @@ def test_what_llama_cpp_reads_is_the_model(script: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(pairs[:, :, 1], key.detach().view(2, 16, 64)[:, 8:], rtol=0, atol=0)
 
 
+def test_perplexity_in_llama_cpps_formats(
+    script: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    prose: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Eight bits change little, four more."""
+    module, models = importlib.import_module("bench_llama_cpp"), importlib.import_module("models")
+    models.build("toy", torch.float32, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = Corpus([], [], [Document(prose)], "text")
+    monkeypatch.setattr(module.data, "demo_model", lambda folder: tmp_path / "model")
+    monkeypatch.setattr(module.data, "demo_text", lambda: text)
+    monkeypatch.setattr(module, "WINDOW", 64)
+    monkeypatch.setattr(module, "HELD_OUT", 640)
+    kept = script("bench_llama_cpp", "--quality --threads 1")
+    assert [row["provider"] for row in kept] == ["dense", "llama.cpp Q8_0", "llama.cpp Q4_0"]
+    assert "Q8_0      8.5 bits a weight" in capsys.readouterr().out
+    dense, eight, four = (float(row["p50"]) for row in kept)
+    assert eight == pytest.approx(dense, rel=0.01) and four == pytest.approx(dense, rel=0.1)  # logits are small here
+    assert four != dense
+
+
 def test_host(script: Any) -> None:
     kept = script("bench_host", "--rounds 2 --threads 1")
     assert len(kept) == 2 * 3 + 2 * 2

@@ -116,21 +116,23 @@ def test_methods_that_are_compared_share_one_encoded_text(
 ) -> None:
     texts = {name: [Document(f"{name} {prose}")] for name in ("calibration", "held out")}
     encoded: list[str] = []
+    right = data.encode
 
     def encode(documents: Any, tokenizer: Any) -> Any:
         encoded.append(documents[0].text.removesuffix(f" {prose}"))
-        return data.encode(documents, tokenizer)
+        return right(documents, tokenizer)
 
-    monkeypatch.setattr(oneshot, "encode", encode)
+    for module in (oneshot, data):
+        monkeypatch.setattr(module, "encode", encode)
     recipe = oneshot.Recipe(calibration_windows=6, calibration_window=32, eval_window=64, eval_tokens=640)
     first = oneshot.Pruning(tiny_llama, Magnitude(), *texts.values(), recipe)
     assert encoded == ["held out"] and first.calibration == ()  # which looks at no text
     wanda, sparsegpt = first.another(Wanda()), first.another(SparseGPT(pattern="2:4"))
     assert encoded == ["held out", "calibration"]
     assert wanda.calibration is sparsegpt.calibration and wanda.held_out is first.held_out is sparsegpt.held_out
-    expected = data.encode(texts["calibration"], tokenizer).windows(32).ids
+    expected = right(texts["calibration"], tokenizer).windows(32).ids
     assert {tuple(row) for row in torch.cat(wanda.calibration).tolist()} <= {tuple(row) for row in expected.tolist()}
-    assert torch.equal(first.held_out.ids, data.encode(texts["held out"], tokenizer).ids[:640])
+    assert torch.equal(first.held_out.ids, right(texts["held out"], tokenizer).ids[:640])
     assert (type(first.method), type(wanda.method), type(sparsegpt.method)) == (Magnitude, Wanda, SparseGPT)
     with pytest.raises(ValueError, match="has 32 inputs, which groups of 5 do not"):
         first.another(Magnitude(pattern="2:5"))
